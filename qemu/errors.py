@@ -5,9 +5,6 @@ catches HarnessError can tell the two apart. Each carries one complete message t
 was expected and what to do next, fit to be shown to a user as it is.
 """
 
-# The names say what happened, which reads better where they are caught than a row of names ending in Error.
-# ruff: noqa: N818
-
 
 class HarnessError(Exception):
     """Base of every error the harness raises on purpose."""

@@ -1,0 +1,1 @@
+"""Net-Bridge: a user-space virtio-net driver on Linux VFIO."""

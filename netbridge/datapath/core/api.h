@@ -1,0 +1,269 @@
+/* What Python and the C core both see of the data path: plain declarations, in three parts: the port's shared memory,
+ * the driver's side, the client's side.
+ *
+ * cffi reads this file as it stands (C includes it through core.h), so it holds no preprocessor lines and no alignment
+ * attributes; padding is spelt out and checked in layout.c.
+ */
+
+/* ---- The port: what driver and client share (docs/port.md) ---------------------------------------------------- */
+
+/* The kinds of a ring entry. */
+enum nb_kind { NB_RX_PACKET = 1, NB_TX_PACKET = 2, NB_TX_PACKET_ACK = 3 };
+
+/* Flags of a ring entry. MORE: the frame goes on in the next entry. CONTINUATION: this buffer goes on with a frame that
+ * began in an earlier entry; its bytes start at `continuation_offset` instead of `headroom`. */
+enum nb_entry_flag { NB_MORE = 1, NB_CONTINUATION = 2 };
+
+/* Regions a DMA handle can name. */
+enum nb_region_id { NB_REGION_RX = 1, NB_REGION_TX = 2 };
+
+/* One message: 16 bytes, little-endian. `len` is bytes of frame in this buffer (0 when an RX buffer is given back). */
+struct nb_entry {
+    uint64_t dma_handle; /* session:16 | lease:16 | region:8 | index:24, most significant first */
+    uint32_t len;
+    uint16_t kind;
+    uint16_t flags;
+};
+
+/* The head of a ring; `slots` entries follow it. Each side writes only its own cache line. The counts run freely and
+ * wrap at 2^32. */
+struct nb_ring_header {
+    uint32_t produced; /* producer: entries ever put in */
+    uint32_t reserved0;
+    uint64_t doorbell_ns; /* producer: CLOCK_MONOTONIC at its last doorbell */
+    uint8_t pad0[48];
+    uint32_t consumed; /* consumer: entries ever taken out */
+    uint32_t wake;     /* consumer: 1 = about to sleep, ring the doorbell after the next entry; the producer clears it
+                        * before it rings, so that one sleep costs one doorbell */
+    uint64_t woken_ns; /* consumer: CLOCK_MONOTONIC when a doorbell last woke it */
+    uint8_t pad1[48];
+};
+
+/* ---- Counters: one page that an outside process may map ------------------------------------------------------- */
+
+/* Why a frame did not go on. */
+enum nb_drop {
+    NB_DROP_CLIENT_SLOW, /* the client holds as many RX buffers as it may */
+    NB_DROP_TOO_SHORT,   /* the device delivered less than an Ethernet header */
+    NB_DROPS
+};
+
+/* Why a client's entry was refused; any of them ends its session. */
+enum nb_refusal {
+    NB_REFUSE_RING_JUMP, /* the ring's `produced` ran ahead by more than the ring holds */
+    NB_REFUSE_KIND,      /* an entry of a kind that does not belong in this ring, or unknown flags */
+    NB_REFUSE_REGION,    /* a handle of the other region, or of none */
+    NB_REFUSE_INDEX,     /* a handle beyond the region's last buffer */
+    NB_REFUSE_SESSION,   /* a handle of an earlier session */
+    NB_REFUSE_LEASE,     /* a handle that was already given back */
+    NB_REFUSE_OWNER,     /* a buffer that is not the client's at the moment */
+    NB_REFUSE_LENGTH,    /* a frame longer than its buffer, or shorter than an Ethernet header */
+    NB_REFUSALS
+};
+
+/* What a device did that no device may do; any of them makes the device be reset. */
+enum nb_device_fault {
+    NB_FAULT_USED_JUMP,   /* used index ran ahead by more than is in flight */
+    NB_FAULT_USED_ID,     /* used id out of range, or not in flight */
+    NB_FAULT_USED_LENGTH, /* used length longer than the buffer, or shorter than the header */
+    NB_FAULT_NUM_BUFFERS, /* a merged frame of no buffers, or of more than may be in one */
+    NB_FAULTS
+};
+
+/* The stages of an interrupt's way: eventfd triggered to waiter awake (VFIO loop-back); waiter awake to queues drained;
+ * doorbell rung to client awake. */
+enum nb_latency_stage { NB_LATENCY_DELIVERY, NB_LATENCY_DRAIN, NB_LATENCY_CLIENT, NB_LATENCY_STAGES };
+
+/* Nanoseconds in buckets of a quarter power of two: bucket = 4*floor(log2 v) + next two bits; v < 4 in bucket v. */
+struct nb_histogram {
+    uint64_t count;
+    uint64_t sum_ns;
+    uint64_t max_ns;
+    uint64_t buckets[160];
+};
+
+/* One writer, the thread in the pump; readers take what they see. */
+struct nb_counters {
+    uint64_t magic; /* "NBCOUNT1", little-endian */
+    uint64_t size;  /* sizeof(struct nb_counters) */
+    uint64_t packets_rx;
+    uint64_t packets_tx;
+    uint64_t bytes_rx;
+    uint64_t bytes_tx;
+    uint64_t drops[2];
+    uint64_t refused_handles[8];
+    uint64_t device_faults[4];
+    uint64_t sessions;
+    uint64_t resets;
+    uint64_t link_changes;
+    uint64_t interrupts;
+    uint64_t wakeups_sent;
+    uint64_t wakeups_suppressed;
+    uint64_t notifications_sent;       /* to the device: doorbell writes */
+    uint64_t notifications_suppressed; /* to the device: it asked for none */
+    uint64_t sleeps;
+    uint64_t rx_bursts[12]; /* bursts that held 2^i to 2^(i+1)-1 frames */
+    uint64_t tx_bursts[12];
+    struct nb_histogram irq_latency_ns[3];
+};
+
+/* ---- The driver's side ---------------------------------------------------------------------------------------- */
+
+/* A split virtqueue (virtio 1.3 §2.7). Opaque: nb_virtqueue_new/free. */
+struct nb_virtqueue;
+/* A region's buffers and who owns each of them. Opaque: nb_ledger_new/free. */
+struct nb_ledger;
+/* Everything that one pump call needs. Opaque: nb_pump_new/free. */
+struct nb_pump;
+
+enum nb_owner { NB_OWNER_DRIVER, NB_OWNER_DEVICE, NB_OWNER_CLIENT, NB_OWNERS };
+
+/* Where the three parts of a split virtqueue of `size` lie, as byte offsets into its memory. */
+struct nb_virtqueue_layout {
+    uint64_t desc;
+    uint64_t driver; /* available ring */
+    uint64_t device; /* used ring */
+    uint64_t bytes;  /* of the whole */
+};
+int nb_virtqueue_layout(uint16_t size, struct nb_virtqueue_layout *layout);
+
+/* `memory`: zeroed, `layout.bytes` long, reached by the device at the addresses Python programs. `notify`: the address
+ * to write `index` to. NULL: out of memory, or `size` is no power of two from 1 to 32768. */
+struct nb_virtqueue *nb_virtqueue_new(uint16_t index, uint16_t size, void *memory, volatile uint16_t *notify);
+void nb_virtqueue_free(struct nb_virtqueue *queue);
+uint16_t nb_virtqueue_in_flight(const struct nb_virtqueue *queue);
+
+/* Geometry of a region: `count` buffers of `stride` bytes from `base`, reached by the device at `iova`. */
+struct nb_region {
+    uint8_t *base;
+    uint64_t iova;
+    uint32_t count;
+    uint32_t stride;
+    uint32_t headroom; /* where a frame starts in its buffer */
+    uint16_t session;  /* part of every handle */
+    uint8_t id;        /* enum nb_region_id */
+};
+struct nb_ledger *nb_ledger_new(const struct nb_region *region);
+void nb_ledger_free(struct nb_ledger *ledger);
+uint32_t nb_ledger_owned(const struct nb_ledger *ledger, int owner);
+
+/* One ring of the port as mapped in this process. `slots` is a power of two. */
+struct nb_ring_place {
+    struct nb_ring_header *header;
+    uint32_t slots;
+};
+
+struct nb_pump_config {
+    struct nb_virtqueue *rx_queue;
+    struct nb_virtqueue *tx_queue;
+    struct nb_ledger *rx_ledger;
+    struct nb_ledger *tx_ledger;
+    struct nb_ring_place rx_active;
+    struct nb_ring_place rx_free;
+    struct nb_ring_place tx_active;
+    struct nb_ring_place tx_done;
+    uint64_t tx_header_iova; /* `net_header_bytes` of zeroes the device reads before every frame: no offload asked for */
+    uint32_t net_header_bytes;
+    uint32_t rx_max_pieces;   /* buffers one received frame may span; 1: MRG_RXBUF was not agreed */
+    uint32_t rx_client_limit; /* RX buffers the client may hold; beyond that frames are dropped */
+    uint32_t burst;           /* entries moved per direction and round */
+    uint32_t spin_ns;         /* poll this long after the last work before sleeping */
+    int rx_irq_fd;            /* eventfds of the queues' MSI-X vectors; with INTx both -1 */
+    int tx_irq_fd;
+    int intx_fd;                  /* eventfd of INTx, or -1 */
+    int intx_unmask_fd;           /* eventfd that VFIO unmasks INTx on, or -1 */
+    volatile uint8_t *isr_status; /* ISR status register (virtio 1.3 §4.1.4.5), read once per INTx */
+    int client_doorbell_fd;       /* eventfd: client to driver */
+    int driver_doorbell_fd;       /* eventfd: driver to client */
+    int control_fd;               /* epoll fd (or any fd) that returns to the caller when it becomes readable */
+    struct nb_counters *counters;
+};
+
+/* Why nb_pump_run came back. */
+enum nb_event {
+    NB_EVENT_CONTROL = 1,   /* control_fd is readable */
+    NB_EVENT_CONFIG,        /* the ISR says that the configuration changed (INTx only) */
+    NB_EVENT_CLIENT_FAULT,  /* the client broke the protocol; `detail` is an enum nb_refusal */
+    NB_EVENT_DEVICE_FAULT,  /* the device did; `detail` is an enum nb_device_fault */
+    NB_EVENT_SYSTEM_ERROR   /* a system call failed; `detail` is the errno */
+};
+struct nb_pump_result {
+    int event;
+    int detail;
+};
+
+/* NULL: out of memory, or epoll cannot be had. Takes nothing over: the caller keeps every fd and object open longer. */
+struct nb_pump *nb_pump_new(const struct nb_pump_config *config);
+void nb_pump_free(struct nb_pump *pump);
+/* Posts all RX buffers and puts all TX buffers into tx_done: before DRIVER_OK, once. Does not notify the device. */
+void nb_pump_prime(struct nb_pump *pump);
+/* Moves frames until there is an event. Runs without the GIL. */
+void nb_pump_run(struct nb_pump *pump, struct nb_pump_result *result);
+
+void nb_histogram_add(struct nb_histogram *histogram, uint64_t nanoseconds);
+
+/* ---- The client's side ---------------------------------------------------------------------------------------- */
+
+/* The session as a client has it mapped. Plain: the caller fills it from WELCOME, then calls nb_client_init. */
+struct nb_client {
+    struct nb_ring_place rx_active;
+    struct nb_ring_place rx_free;
+    struct nb_ring_place tx_active;
+    struct nb_ring_place tx_done;
+    uint8_t *rx_base;
+    uint8_t *tx_base;
+    uint32_t rx_count;
+    uint32_t tx_count;
+    uint32_t rx_stride;
+    uint32_t tx_stride;
+    uint32_t headroom;
+    uint32_t continuation_offset;
+    int client_doorbell_fd; /* rung by the client */
+    int driver_doorbell_fd; /* rung by the driver */
+    struct nb_histogram *wakeups; /* doorbell rung to client awake; NULL: not wanted */
+    /* private from here on */
+    uint32_t rx_active_taken;
+    uint32_t rx_free_put;
+    uint32_t tx_active_put;
+    uint32_t tx_done_taken;
+    uint64_t doorbells_sent;
+    uint64_t doorbells_suppressed;
+};
+
+/* A frame's piece as the client sees it: `data` points into DMA memory and is the client's until it gives `dma_handle`
+ * back (RX) or sends it (TX). */
+struct nb_piece {
+    uint64_t dma_handle;
+    uint8_t *data;
+    uint32_t len; /* RX: bytes of frame here; TX: room on allocation, bytes to send on sending */
+    uint16_t flags;
+    uint16_t reserved;
+};
+
+/* 0, or -1 when the geometry does not hold together. */
+int nb_client_init(struct nb_client *client);
+/* Up to `most` received pieces; -1: the driver wrote what no driver may. */
+int nb_client_receive(struct nb_client *client, struct nb_piece *pieces, uint32_t most);
+/* Gives RX buffers back. */
+void nb_client_release(struct nb_client *client, const struct nb_piece *pieces, uint32_t count);
+/* Up to `most` free TX buffers; -1 as above. */
+int nb_client_allocate(struct nb_client *client, struct nb_piece *pieces, uint32_t most);
+/* Sends TX buffers: `len` and `flags` set by the caller. */
+void nb_client_send(struct nb_client *client, const struct nb_piece *pieces, uint32_t count);
+/* Rings the driver's bell if it sleeps. Call once after a burst of release and send. */
+void nb_client_flush(struct nb_client *client);
+
+/* What nb_client_wait may wait for, and what it found. */
+enum nb_client_wait { NB_WAIT_RECEIVE = 1, NB_WAIT_ALLOCATE = 2, NB_WAIT_CONTROL = 4, NB_WAIT_FAILED = 8 };
+/* Sleeps until one of `wanted` (or `control_fd` readable, if not -1); 0 after `timeout_ms` (-1: never). */
+int nb_client_wait(struct nb_client *client, int wanted, int control_fd, int timeout_ms);
+
+struct nb_echo_counts {
+    uint64_t frames;
+    uint64_t bytes;
+    uint64_t bursts;
+    uint64_t unsendable; /* frames of more than one buffer, not sent back */
+};
+/* The echo service's loop: every frame back to its sender with the MAC addresses exchanged, until `control_fd` becomes
+ * readable (0) or the driver breaks the protocol (-1). */
+int nb_client_echo(struct nb_client *client, int control_fd, struct nb_echo_counts *counts);

@@ -1,0 +1,178 @@
+/* The client's side of the port: what a network stack calls (docs/port.md).
+ *
+ * The driver is trusted more than a client is, but a handle or a length out of bounds would still make this process read
+ * what it should not, so both are checked before they become a pointer.
+ */
+#include <poll.h>
+#include <stddef.h>
+
+#include "core.h"
+#include "counting.h"
+#include "port_ring.h"
+
+static bool region_is_valid(const uint8_t *base, uint32_t count, uint32_t stride, uint32_t headroom)
+{
+    return base != NULL && count != 0 && count <= 1u << 24 && stride > headroom;
+}
+
+int nb_client_init(struct nb_client *client)
+{
+    bool valid = region_is_valid(client->rx_base, client->rx_count, client->rx_stride, client->headroom) &&
+                 region_is_valid(client->tx_base, client->tx_count, client->tx_stride, client->headroom) &&
+                 client->continuation_offset <= client->headroom &&
+                 ring_is_valid(&client->rx_active, client->rx_count) &&
+                 ring_is_valid(&client->rx_free, client->rx_count) &&
+                 ring_is_valid(&client->tx_active, client->tx_count) &&
+                 ring_is_valid(&client->tx_done, client->tx_count);
+    client->rx_active_taken = 0;
+    client->rx_free_put = 0;
+    client->tx_active_put = 0;
+    client->tx_done_taken = 0;
+    client->doorbells_sent = 0;
+    client->doorbells_suppressed = 0;
+    return valid ? 0 : -1;
+}
+
+/* Turns an entry into a piece; false: out of bounds. */
+static bool locate(const struct nb_entry *entry, uint8_t region, uint8_t *base, uint32_t count, uint32_t stride,
+                   uint32_t offset, struct nb_piece *piece)
+{
+    uint32_t index = (uint32_t)entry->dma_handle & 0xffffff;
+    if ((uint8_t)(entry->dma_handle >> 24) != region || index >= count || entry->len > stride - offset)
+        return false;
+    *piece = (struct nb_piece){
+        .dma_handle = entry->dma_handle,
+        .data = base + (uint64_t)index * stride + offset,
+        .len = entry->len,
+        .flags = entry->flags,
+    };
+    return true;
+}
+
+static int64_t takeable(const struct nb_ring_place *ring, uint32_t taken, uint32_t most)
+{
+    int64_t waiting = ring_waiting(ring, taken);
+    return waiting > most ? most : waiting;
+}
+
+int nb_client_receive(struct nb_client *client, struct nb_piece *pieces, uint32_t most)
+{
+    int64_t count = takeable(&client->rx_active, client->rx_active_taken, most);
+    for (int64_t i = 0; i < count; i++) {
+        struct nb_entry entry = ring_take(&client->rx_active, &client->rx_active_taken);
+        uint32_t offset = entry.flags & NB_CONTINUATION ? client->continuation_offset : client->headroom;
+        if (entry.kind != NB_RX_PACKET || !locate(&entry, NB_REGION_RX, client->rx_base, client->rx_count,
+                                                  client->rx_stride, offset, &pieces[i]))
+            return -1;
+    }
+    if (count > 0)
+        ring_consumed(&client->rx_active, client->rx_active_taken);
+    return (int)count;
+}
+
+void nb_client_release(struct nb_client *client, const struct nb_piece *pieces, uint32_t count)
+{
+    for (uint32_t i = 0; i < count; i++)
+        ring_put(&client->rx_free, &client->rx_free_put,
+                 (struct nb_entry){.dma_handle = pieces[i].dma_handle, .kind = NB_RX_PACKET});
+    ring_publish(&client->rx_free, client->rx_free_put);
+}
+
+int nb_client_allocate(struct nb_client *client, struct nb_piece *pieces, uint32_t most)
+{
+    int64_t count = takeable(&client->tx_done, client->tx_done_taken, most);
+    for (int64_t i = 0; i < count; i++) {
+        struct nb_entry entry = ring_take(&client->tx_done, &client->tx_done_taken);
+        if (entry.kind != NB_TX_PACKET_ACK || !locate(&entry, NB_REGION_TX, client->tx_base, client->tx_count,
+                                                      client->tx_stride, client->headroom, &pieces[i]))
+            return -1;
+    }
+    if (count > 0)
+        ring_consumed(&client->tx_done, client->tx_done_taken);
+    return (int)count;
+}
+
+void nb_client_send(struct nb_client *client, const struct nb_piece *pieces, uint32_t count)
+{
+    for (uint32_t i = 0; i < count; i++)
+        ring_put(&client->tx_active, &client->tx_active_put,
+                 (struct nb_entry){
+                     .dma_handle = pieces[i].dma_handle,
+                     .len = pieces[i].len,
+                     .kind = NB_TX_PACKET,
+                     .flags = pieces[i].flags,
+                 });
+    ring_publish(&client->tx_active, client->tx_active_put);
+}
+
+void nb_client_flush(struct nb_client *client)
+{
+    bool for_buffers = ring_must_wake(&client->rx_free);
+    bool for_frames = ring_must_wake(&client->tx_active);
+    if (for_buffers || for_frames) {
+        doorbell_ring(client->client_doorbell_fd);
+        client->doorbells_sent++;
+    } else {
+        client->doorbells_suppressed++;
+    }
+}
+
+static int already_there(const struct nb_client *client, int wanted)
+{
+    int found = 0;
+    if (wanted & NB_WAIT_RECEIVE && ring_waiting(&client->rx_active, client->rx_active_taken) != 0)
+        found |= NB_WAIT_RECEIVE;
+    if (wanted & NB_WAIT_ALLOCATE && ring_waiting(&client->tx_done, client->tx_done_taken) != 0)
+        found |= NB_WAIT_ALLOCATE;
+    return found;
+}
+
+static void arm(struct nb_client *client, int wanted)
+{
+    if (wanted & NB_WAIT_RECEIVE)
+        ring_arm(&client->rx_active);
+    if (wanted & NB_WAIT_ALLOCATE)
+        ring_arm(&client->tx_done);
+}
+
+static void disarm(struct nb_client *client, int wanted)
+{
+    if (wanted & NB_WAIT_RECEIVE)
+        ring_disarm(&client->rx_active);
+    if (wanted & NB_WAIT_ALLOCATE)
+        ring_disarm(&client->tx_done);
+}
+
+static void account_wakeup(struct nb_client *client)
+{
+    uint64_t now = now_ns();
+    uint64_t rung = load_once_64(&client->rx_active.header->doorbell_ns);
+    store_once_64(&client->rx_active.header->woken_ns, now);
+    if (client->wakeups && rung != 0 && rung <= now)
+        nb_histogram_add(client->wakeups, now - rung);
+}
+
+int nb_client_wait(struct nb_client *client, int wanted, int control_fd, int timeout_ms)
+{
+    /* No time for the loop's second turn: a doorbell left over from an earlier sleep may end a bounded wait early. */
+    for (;;) {
+        arm(client, wanted);
+        fence_store_load(); /* pairs with the one in ring_must_wake */
+        int found = already_there(client, wanted);
+        struct pollfd fds[2] = {{.fd = client->driver_doorbell_fd, .events = POLLIN},
+                                {.fd = control_fd, .events = POLLIN}};
+        int ready = poll(fds, 2, found ? 0 : timeout_ms);
+        disarm(client, wanted);
+        if (ready < 0)
+            return errno == EINTR && wanted & NB_WAIT_CONTROL ? NB_WAIT_CONTROL : NB_WAIT_FAILED;
+        if (fds[0].revents) {
+            doorbell_clear(client->driver_doorbell_fd);
+            account_wakeup(client);
+        }
+        found |= already_there(client, wanted);
+        if (fds[1].revents)
+            found |= NB_WAIT_CONTROL;
+        if (found || timeout_ms >= 0)
+            return found;
+    }
+}

@@ -1,0 +1,9 @@
+/* api.h for C: cffi reads that file bare, so its guard and what it needs stand here. */
+#ifndef NB_CORE_H
+#define NB_CORE_H
+
+#include <stdint.h>
+
+#include "api.h"
+
+#endif

@@ -1,0 +1,23 @@
+/* What api.h promises about sizes and offsets, held at compile time: the port's format is read by other programs. */
+#include <stddef.h>
+#include <stdint.h>
+
+#include "core.h"
+
+_Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "virtio and the port are little-endian; so must this machine be");
+
+_Static_assert(sizeof(struct nb_entry) == 16, "a ring entry is 16 bytes");
+_Static_assert(offsetof(struct nb_entry, len) == 8 && offsetof(struct nb_entry, kind) == 12, "entry fields");
+
+_Static_assert(sizeof(struct nb_ring_header) == 128, "two cache lines, one for each side");
+_Static_assert(offsetof(struct nb_ring_header, doorbell_ns) == 8, "producer's line");
+_Static_assert(offsetof(struct nb_ring_header, consumed) == 64, "consumer's line");
+_Static_assert(offsetof(struct nb_ring_header, wake) == 68, "consumer's line");
+_Static_assert(offsetof(struct nb_ring_header, woken_ns) == 72, "consumer's line");
+
+_Static_assert(NB_DROPS == sizeof((struct nb_counters){0}.drops) / 8, "a counter for every reason to drop");
+_Static_assert(NB_REFUSALS == sizeof((struct nb_counters){0}.refused_handles) / 8, "a counter for every refusal");
+_Static_assert(NB_FAULTS == sizeof((struct nb_counters){0}.device_faults) / 8, "a counter for every device fault");
+_Static_assert(NB_LATENCY_STAGES == sizeof((struct nb_counters){0}.irq_latency_ns) / sizeof(struct nb_histogram),
+               "a histogram for every stage");
+_Static_assert(sizeof(struct nb_counters) <= 8192, "the counters fit two pages");

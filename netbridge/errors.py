@@ -3,16 +3,18 @@
 Every message is complete: it names the thing, says what was expected and what to do next, and is printed as it stands,
 without a traceback. Errors of the `vfio` package are a family of their own (`vfio.VfioError`), because that package
 knows nothing of this one; the command line ends them with `ExitCode.DEVICE`, like a `DeviceError`.
+
+The driver process imports this module and has little memory: hence no `enum`, no `dataclasses`, no `typing`.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from enum import IntEnum
-from typing import ClassVar
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from netbridge.vnode.wording import Problem
 
 
-class ExitCode(IntEnum):
+class ExitCode:
     """What the `netbridge` command says to whoever started it. Documented in docs/manifest.md."""
 
     OK = 0
@@ -28,33 +30,13 @@ class ExitCode(IntEnum):
 class NetbridgeError(Exception):
     """The root of the family. `str()` is the whole message for the user."""
 
-    exit_code: ClassVar[ExitCode] = ExitCode.FAILURE
+    exit_code = ExitCode.FAILURE
 
 
 class UsageError(NetbridgeError):
     """The command was called in a way that means nothing."""
 
     exit_code = ExitCode.USAGE
-
-
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """One thing that is wrong with a manifest, and where. Lines and columns count from 1, as editors do."""
-
-    line: int | None
-    column: int | None
-    key: str  # the path of keys that leads there, such as "runtime.required_mem_mb"; "" for the file as a whole
-    what: str
-    expected: str | None = None
-    suggestion: str | None = None
-
-    def __str__(self) -> str:
-        text = f"{self.key}: {self.what}" if self.key else self.what
-        if self.expected is not None:
-            text += f"; expected {self.expected}"
-        if self.suggestion is not None:
-            text += f"; did you mean {self.suggestion}?"
-        return text
 
 
 class ManifestError(NetbridgeError):
@@ -81,7 +63,7 @@ class ManifestError(NetbridgeError):
 
     def as_dict(self) -> dict[str, object]:
         """The same for machines: the file and its problems."""
-        return {"file": self.file, "problems": [asdict(problem) for problem in self.problems]}
+        return {"file": self.file, "problems": [problem.as_dict() for problem in self.problems]}
 
 
 class CapabilityRefused(NetbridgeError):

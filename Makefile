@@ -1,0 +1,67 @@
+# What there is to do here, each with one word: `make help` lists it. Whatever a target needs is set up by itself.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+VENV ?= .venv
+PY := $(VENV)/bin/python
+PYTEST := $(PY) -m pytest
+# More arguments for pytest or the demo: make unit ARGS="-k ledger"
+ARGS ?=
+# kvm | tcg | auto
+ACCEL ?= auto
+
+SETUP := $(VENV)/.set-up
+C_SOURCES := $(wildcard netbridge/datapath/core/*.[ch]) netbridge/datapath/build.py
+
+.PHONY: help setup demo test unit qemu-test bench lint format shell clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(SETUP) ## install what is missing: system packages (as root), a virtual environment, the C core
+
+# The packages are looked at each time: that is quick, and they may have gone since.
+$(SETUP): pyproject.toml setup.py $(C_SOURCES) | host-packages
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+.PHONY: host-packages
+host-packages:
+	@qemu/host-packages
+
+demo: $(SETUP) ## boot a guest, claim its NIC through VFIO, echo real frames through the port, check each
+	$(PY) -m tests.e2e.demo --accel $(ACCEL) $(ARGS)
+
+test: lint unit qemu-test ## everything that must pass: lint, unit and qemu-test
+
+unit: $(SETUP) ## tests without a virtual machine, in seconds
+	$(PYTEST) tests/unit -n 2 $(ARGS)
+
+qemu-test: $(SETUP) ## tests in guests: VFIO on the real kernel, and end to end with scapy
+	$(PYTEST) tests/guest tests/e2e --accel $(ACCEL) $(ARGS)
+
+bench: $(SETUP) ## measure against a peer, side by side in one run
+	$(PY) -m tests.bench $(ARGS)
+
+lint: $(SETUP) ## ruff, mypy, and the C core under -Wall -Wextra -Werror
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/mypy
+	$(PY) netbridge/datapath/build.py --check
+
+format: $(SETUP) ## lay the Python out as ruff would
+	$(VENV)/bin/ruff check --fix
+	$(VENV)/bin/ruff format
+
+shell: $(SETUP) ## a shell in a guest that has a NIC behind an IOMMU
+	$(PY) -m qemu.shell --accel $(ACCEL) $(ARGS)
+
+clean: ## remove what was built here (images stay in the cache: python -m qemu.images gc)
+	rm -rf build $(VENV) *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -f netbridge/datapath/_core.c netbridge/datapath/_core.*.so netbridge/datapath/*.o
+	find . -name __pycache__ -prune -exec rm -rf {} +

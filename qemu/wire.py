@@ -1,0 +1,431 @@
+"""The host's end of a guest's NIC: a scapy socket whose every frame is captured, and that never makes QEMU wait.
+
+It is one end of a pair of Unix datagram sockets, QEMU (-netdev dgram) holding the other: one datagram is one frame,
+nothing is lost, no privilege is needed and no name can collide. The kernel lets about ten frames queue; then sending
+waits until the guest has taken some. A thread takes every frame off at once, with its time, so that the guest never
+waits for a test that is busy.
+
+Frames are bytes here. recv() and sniff(), which scapy's own tools use, dissect them; take(), exchange() and expect()
+do not, and are for speed and for exactness.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import difflib
+import os
+import select
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from scapy.data import MTU
+from scapy.layers.l2 import Ether
+from scapy.packet import Packet
+from scapy.supersocket import SuperSocket
+
+from qemu.capture import INBOUND, OUTBOUND, Capture
+from qemu.errors import HarnessError
+
+LONGEST = 65_000
+"""Bytes of the longest frame that passes QEMU's dgram backend."""
+QUEUE = 1 << 19
+"""Frames that wait for a reader before the oldest are dropped (and counted in `overflowed`)."""
+SEND_SECONDS = 5.0
+SHOWN = 4
+"""Frames of each kind that a report of a mismatch shows in full."""
+
+
+class WireClosed(HarnessError):
+    """QEMU is no longer at the other end."""
+
+
+class WireStalled(HarnessError):
+    """The guest's NIC took no frame in time: no driver runs there, its link is down or the guest is paused."""
+
+
+class WireMismatch(AssertionError):
+    """The frames that came are not those that were to come; the message shows the difference."""
+
+
+class Frame(NamedTuple):
+    """A frame off the wire and when it was taken off, in nanoseconds of the monotonic clock."""
+
+    data: bytes
+    time_ns: int
+
+
+@dataclass
+class Exchange:
+    """What became of frames that were to be answered, one reply each."""
+
+    sent: int = 0
+    received: int = 0
+    lost: list[bytes] = field(default_factory=list)
+    """Replies that did not come."""
+    extra: list[bytes] = field(default_factory=list)
+    """Frames that answer nothing that was sent."""
+    twice: list[bytes] = field(default_factory=list)
+    """Replies that came once more than they were due."""
+    reordered: int = 0
+    """Replies that came after the reply to a frame sent later."""
+    rtt_ns: list[int] = field(default_factory=list)
+    """Round-trip time of each reply, as this process saw it."""
+    seconds: float = 0.0
+
+    @property
+    def exact(self) -> bool:
+        return not (self.lost or self.extra or self.twice)
+
+    def check(self, ordered: bool = True) -> None:
+        """Raise WireMismatch unless every reply came, once, and nothing else did."""
+        if not self.exact or (ordered and self.reordered):
+            head = (
+                f"{self.sent} frames sent, {self.received} came back: {len(self.lost)} lost, {len(self.extra)} extra, "
+                f"{len(self.twice)} twice, {self.reordered} out of order"
+            )
+            raise WireMismatch("\n".join((head, *describe(self.lost, self.extra, self.twice))))
+
+
+class Wire(SuperSocket):  # type: ignore[misc]
+    """The host's end. Owns both sockets until QEMU has its own; `pcap` gets a pcapng of both directions."""
+
+    desc = "frames of a guest's NIC"
+
+    def __init__(self, pcap: Path | None = None, name: str = "wire"):
+        # Not SuperSocket's: that opens a socket of an interface of this machine.
+        self.closed = True  # until there is something to close
+        self.name = name
+        self.pcap = pcap
+        self.sent = self.received = self.sent_bytes = self.received_bytes = self.overflowed = 0
+        self._capture = Capture(pcap, name) if pcap is not None else None
+        self._socket, self._theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._clock_offset = time.time_ns() - time.monotonic_ns()
+        self._frames: collections.deque[Frame] = collections.deque()
+        self._arrived = threading.Condition()
+        self._readable = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._stop = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._reader = threading.Thread(target=self._read, name=f"wire {name}", daemon=True)
+        self._reader.start()
+        self.closed = False
+
+    # What the command line of QEMU is made of
+
+    def netdev(self, ident: str) -> str:
+        return f"dgram,id={ident},local.type=fd,local.str={self._theirs.fileno()}"
+
+    def fds(self) -> Sequence[int]:
+        return (self._theirs.fileno(),)
+
+    def attached(self) -> None:
+        """QEMU has inherited its end: from here on, sending tells when QEMU is gone."""
+        self._theirs.close()
+
+    @property
+    def guest_end(self) -> socket.socket:
+        """The other end, until attached(): for tests that play the guest."""
+        return self._theirs
+
+    # Receiving
+
+    def _read(self) -> None:
+        poll = select.poll()
+        poll.register(self._socket, select.POLLIN)
+        poll.register(self._stop, select.POLLIN)
+        receive = self._socket.recv
+        offset = self._clock_offset
+        written = False
+        while True:
+            ready = poll.poll(500 if written else None)
+            if not ready and self._capture is not None:
+                self._capture.flush()  # nothing came for a moment: what is captured shall be in the file
+                written = False
+                continue
+            if any(fd == self._stop for fd, _ in ready):
+                return
+            batch: list[Frame] = []
+            try:
+                # In batches, not for ever: who waits for a frame is told after at most so many.
+                while len(batch) < 64:
+                    data = receive(MTU, socket.MSG_DONTWAIT)
+                    batch.append(Frame(data, time.monotonic_ns()))
+            except BlockingIOError:
+                pass
+            except OSError:
+                return
+            with self._arrived:
+                if not self._frames:
+                    os.eventfd_write(self._readable, 1)
+                self._frames.extend(batch)
+                self.received += len(batch)
+                while len(self._frames) > QUEUE:
+                    self._frames.popleft()
+                    self.overflowed += 1
+                self._arrived.notify_all()
+            for data, at in batch:
+                self.received_bytes += len(data)
+                if self._capture is not None:
+                    self._capture.write(data, at + offset, INBOUND)
+                    written = True
+
+    def take(self, timeout: float | None = 0.0, limit: int = QUEUE) -> list[Frame]:
+        """The frames that have come, at most `limit`; waits up to `timeout` seconds (None: for ever) for a first."""
+        with self._arrived:
+            if not self._frames and timeout != 0.0:
+                self._arrived.wait_for(lambda: self._frames or self.closed, timeout)
+            if len(self._frames) <= limit:
+                frames = list(self._frames)
+                self._frames.clear()
+            else:
+                frames = [self._frames.popleft() for _ in range(limit)]
+            if not self._frames and not self.closed:
+                with contextlib.suppress(BlockingIOError):
+                    os.eventfd_read(self._readable)
+            return frames
+
+    def drain(self) -> list[bytes]:
+        """Forget, and return, what has come and was not asked for yet. Does not wait."""
+        return [frame.data for frame in self.take()]
+
+    def recv_raw(self, x: int = MTU, timeout: float | None = None) -> tuple[Any, bytes | None, float | None]:
+        """One frame the way scapy wants it: class, bytes, time."""
+        frames = self.take(timeout, limit=1)
+        if not frames:
+            return None, None, None
+        data, at = frames[0]
+        return Ether, data[:x], (at + self._clock_offset) / 1e9
+
+    def recv(self, x: int = MTU, timeout: float | None = None, **kwargs: Any) -> Packet | None:
+        """One frame, dissected; None when none comes within `timeout` seconds (None: waits until one does)."""
+        layer, data, at = self.recv_raw(x, timeout)
+        if data is None:
+            return None
+        packet: Packet = layer(data, **kwargs)
+        packet.time = at
+        return packet
+
+    def fileno(self) -> int:
+        """Readable while frames wait: not to be read from."""
+        return -1 if self.closed else self._readable
+
+    # Sending
+
+    def send(self, frame: bytes | Packet, timeout: float = SEND_SECONDS) -> int:
+        """Send one frame, waiting up to `timeout` seconds until there is room. Returns its length.
+
+        Raises ValueError on a frame that would break or not pass QEMU's backend, WireStalled, WireClosed.
+        """
+        data = frame if isinstance(frame, bytes) else bytes(frame)
+        self._transmit(data, timeout)
+        if isinstance(frame, Packet):
+            frame.sent_time = time.time()
+        return len(data)
+
+    def _transmit(self, data: bytes, timeout: float) -> int:
+        """Send bytes; returns the time right before, in nanoseconds of the monotonic clock."""
+        if not data:
+            # QEMU takes an empty datagram for the end and never reads again.
+            raise ValueError("an empty frame cannot be sent")
+        if len(data) > LONGEST:
+            raise ValueError(f"a frame of {len(data)} bytes cannot be sent: at most {LONGEST} pass QEMU")
+        at = time.monotonic_ns()
+        try:
+            self._socket.send(data, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            at = self._transmit_patiently(data, timeout)
+        except OSError as error:
+            raise WireClosed(f"{self.name}: QEMU is not at the other end: {error}") from error
+        self.sent += 1
+        self.sent_bytes += len(data)
+        if self._capture is not None:
+            self._capture.write(data, at + self._clock_offset, OUTBOUND)
+        return at
+
+    def _transmit_patiently(self, data: bytes, timeout: float) -> int:
+        poll = select.poll()
+        poll.register(self._socket, select.POLLOUT)
+        deadline = time.monotonic() + timeout
+        while True:
+            left = deadline - time.monotonic()
+            if left <= 0 or not poll.poll(left * 1000):
+                raise WireStalled(
+                    f"{self.name}: the guest's NIC took no frame for {timeout:g} s: is its driver up, its link on, "
+                    "the guest running?"
+                )
+            at = time.monotonic_ns()
+            try:
+                self._socket.send(data, socket.MSG_DONTWAIT)
+                return at
+            except BlockingIOError:
+                continue
+            except OSError as error:
+                raise WireClosed(f"{self.name}: QEMU is not at the other end: {error}") from error
+
+    # Exactness
+
+    def exchange(
+        self,
+        frames: Iterable[bytes | Packet],
+        *,
+        reply: Callable[[bytes], bytes] = lambda frame: frame,
+        window: int = 32,
+        timeout: float = 5.0,
+        ignore: Callable[[bytes], bool] = lambda _: False,
+        progress: Callable[[Exchange], None] | None = None,
+    ) -> Exchange:
+        """Send frames, at most `window` of them unanswered at any moment, and match what comes back.
+
+        `reply` tells what the answer to a frame has to be. Ends when everything is answered or when no answer came
+        for `timeout` seconds. Frames for which `ignore` is true do not count. Never raises on a difference: see
+        Exchange.check(). An extra frame that comes after the last answer is found by the next call, so end with
+        a call that matters little, or with expect([]).
+        """
+        outcome = Exchange()
+        due: dict[bytes, collections.deque[tuple[int, int]]] = {}
+        answered: set[bytes] = set()
+        outstanding = 0
+        latest = -1
+        source = iter(frames)
+        more = True
+        began = progressed = time.monotonic()
+        while more or outstanding:
+            while more and outstanding < window:
+                frame = next(source, None)
+                if frame is None:
+                    more = False
+                    break
+                data = frame if isinstance(frame, bytes) else bytes(frame)
+                at = self._transmit(data, timeout)
+                due.setdefault(reply(data), collections.deque()).append((outcome.sent, at))
+                outcome.sent += 1
+                outstanding += 1
+            if not outstanding:
+                break
+            came = self.take(max(0.0, progressed + timeout - time.monotonic()))
+            if not came:
+                break
+            for data, at in came:
+                if expected := due.get(data):
+                    index, sent_at = expected.popleft()
+                    if not expected:
+                        del due[data]
+                    answered.add(data)
+                    outstanding -= 1
+                    outcome.received += 1
+                    outcome.rtt_ns.append(at - sent_at)
+                    outcome.reordered += index < latest
+                    latest = max(latest, index)
+                    progressed = time.monotonic()
+                elif ignore(data):
+                    continue
+                else:
+                    (outcome.twice if data in answered else outcome.extra).append(data)
+            if progress is not None:
+                progress(outcome)
+        outcome.lost = [data for data, waiting in due.items() for _ in waiting]
+        outcome.seconds = time.monotonic() - began
+        return outcome
+
+    def expect(
+        self,
+        frames: Iterable[bytes | Packet],
+        *,
+        timeout: float = 5.0,
+        ordered: bool = True,
+        until: bytes | Packet | None = None,
+        ignore: Callable[[bytes], bool] = lambda _: False,
+    ) -> list[Frame]:
+        """Wait for exactly these frames and return them as they came; raise WireMismatch on any difference.
+
+        A missing, extra, doubled or (if `ordered`) displaced frame is a difference. Without `until` it returns as
+        soon as as many frames are there, and does not see an extra one behind them; with `until`, a sentinel that
+        is sent last on the other side, it reads up to that one, which closes the account without waiting for
+        silence. Frames for which `ignore` is true do not count.
+        """
+        wanted = [bytes(frame) for frame in frames]
+        sentinel = bytes(until) if until is not None else None
+        came: list[Frame] = []
+        deadline = time.monotonic() + timeout
+        closed = False
+        while not closed and (sentinel is not None or len(came) < len(wanted)):
+            batch = self.take(max(0.0, deadline - time.monotonic()))
+            if not batch:
+                break
+            for frame in batch:
+                if frame.data == sentinel:
+                    closed = True
+                elif not ignore(frame.data):
+                    came.append(frame)
+        came += [frame for frame in self.take() if not ignore(frame.data)]
+        got = [frame.data for frame in came]
+        if got == wanted and (closed or sentinel is None):
+            return came
+        missing = list((collections.Counter(wanted) - collections.Counter(got)).elements())
+        surplus = list((collections.Counter(got) - collections.Counter(wanted)).elements())
+        known = set(wanted)
+        extra = [data for data in surplus if data not in known]
+        twice = [data for data in surplus if data in known]
+        if not missing and not surplus and not ordered and (closed or sentinel is None):
+            return came
+        counts = f"{len(missing)} missing, {len(extra)} extra, {len(twice)} twice"
+        head = f"{self.name}: {len(wanted)} frames expected, {len(got)} came within {timeout:g} s: {counts}"
+        if sentinel is not None and not closed:
+            head += "; the sentinel that was to close the account did not come"
+        lines = describe(missing, extra, twice)
+        if not missing and not surplus:
+            at = next((n for n, pair in enumerate(zip(wanted, got, strict=True)) if pair[0] != pair[1]), None)
+            if at is not None:
+                lines = [f"the order differs from frame {at} on:", f"  expected {summary(wanted[at])}"]
+                lines.append(f"  came     {summary(got[at])}")
+        raise WireMismatch("\n".join((head, *lines)))
+
+    def close(self) -> None:
+        """Close the wire: capture complete, thread ended."""
+        if self.closed:
+            return
+        self.closed = True
+        os.eventfd_write(self._stop, 1)
+        if threading.current_thread() is not self._reader:
+            self._reader.join()
+        with self._arrived:
+            self._arrived.notify_all()
+        self._socket.close()
+        self._theirs.close()
+        if self._capture is not None:
+            self._capture.close()
+        os.close(self._readable)
+        os.close(self._stop)
+
+
+def summary(data: bytes) -> str:
+    return f"{Ether(data).summary()} ({len(data)} bytes)" if data else "an empty frame"
+
+
+def describe(missing: Sequence[bytes], extra: Sequence[bytes], twice: Sequence[bytes]) -> list[str]:
+    """Lines that show the difference; where a missing and an extra frame are nearly alike, what differs in them."""
+    lines = []
+    strangers = list(extra)
+    for kind, frames in (("missing", missing), ("extra", extra), ("twice", twice)):
+        lines += [f"{kind}: {summary(data)}" for data in frames[:SHOWN]]
+        if len(frames) > SHOWN:
+            lines.append(f"{kind}: … and {len(frames) - SHOWN} more")
+    for data in missing[:SHOWN]:
+        alike = [(difflib.SequenceMatcher(None, data, other).ratio(), other) for other in strangers[: 4 * SHOWN]]
+        likeness, other = max(alike, default=(0.0, b""))
+        if likeness > 0.6:
+            strangers.remove(other)
+            lines.append("one missing frame is much like one extra frame; expected (-), came (+):")
+            lines += difference(data, other)
+    return lines
+
+
+def difference(expected: bytes, came: bytes) -> list[str]:
+    """What differs in two frames, field by field as scapy shows them."""
+    before, after = (Ether(data).show(dump=True).splitlines() for data in (expected, came))
+    lines = list(difflib.unified_diff(before, after, lineterm="", n=1))
+    return ["  " + line for line in lines[2:]]  # without the two lines that would name the files

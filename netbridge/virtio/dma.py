@@ -1,0 +1,108 @@
+"""Private memory that the device reaches: virtqueues, and the header in front of every sent frame.
+
+It is kept apart from the regions that hold frames. No client ever maps it, so a client cannot aim the device.
+"""
+
+from __future__ import annotations
+
+import mmap
+
+from vfio.memory import Memory
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Protocol
+
+    from vfio.iommu import Iommu
+else:
+    Protocol = object
+
+
+class DmaBlock(Protocol):
+    """Memory of this process that the device reaches too. Starts on a page."""
+
+    @property
+    def address(self) -> int:
+        """Where it is in this process."""
+
+    @property
+    def iova(self) -> int:
+        """Where the device sees it."""
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+
+    @property
+    def view(self) -> memoryview: ...
+
+    def close(self) -> None:
+        """Take it away from the device, then free it. Doing it twice is harmless."""
+
+
+class DmaAllocator(Protocol):
+    """Gives out DMA memory."""
+
+    def allocate(self, size: int) -> DmaBlock:
+        """`size` bytes or more, zeroed, owned by the caller."""
+
+
+class VfioDma:
+    """DMA memory through a VFIO device's I/O address space. `iommu` is `vfio.Device.iommu` and stays the caller's."""
+
+    def __init__(self, iommu: Iommu) -> None:
+        self._iommu = iommu
+
+    def allocate(self, size: int) -> DmaBlock:
+        """Raises vfio.VfioError when there is no memory, no room, or too little that may be locked."""
+        return _VfioBlock(self._iommu, size)
+
+
+class _VfioBlock:
+    def __init__(self, iommu: Iommu, size: int) -> None:
+        # Anonymous: there is no file descriptor by which it could reach another process, and no fork inherits it.
+        self._memory = Memory.anonymous(size)
+        try:
+            self._mapping = iommu.map(self._memory)
+        except BaseException:
+            self._memory.close()
+            raise
+        self.address = self._memory.address
+        self.iova = self._mapping.iova
+        self.size = self._memory.size
+        self.view = self._memory.view
+
+    def close(self) -> None:
+        self._mapping.close()
+        self._memory.close()
+
+
+class Pieces:
+    """Deals out a block from its start, every piece on a page of its own. Keeps nothing alive."""
+
+    def __init__(self, block: DmaBlock) -> None:
+        self._block = block
+        self._taken = 0
+
+    def take(self, size: int) -> Piece:
+        start = self._taken
+        self._taken += whole_pages(size)
+        if self._taken > self._block.size:
+            raise ValueError(f"{self._block.size} bytes of DMA memory are not enough for {self._taken}")
+        return Piece(self._block.address + start, self._block.iova + start, size)
+
+
+class Piece:
+    """A part of a block: where it is here, where the device sees it, and its bytes."""
+
+    __slots__ = ("address", "iova", "size")
+
+    def __init__(self, address: int, iova: int, size: int) -> None:
+        self.address = address
+        self.iova = iova
+        self.size = size
+
+
+def whole_pages(size: int) -> int:
+    """`size` rounded up to whole pages."""
+    return -(-size // mmap.PAGESIZE) * mmap.PAGESIZE

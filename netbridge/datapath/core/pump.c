@@ -2,7 +2,7 @@
  *
  * Follow a frame: receive() takes it from the RX virtqueue and lends its buffers to the client through rx_active;
  * take_back() gets them back from rx_free; refill() posts them again. transmit() takes a frame from tx_active to the TX
- * virtqueue; complete() gives its buffer back through tx_done. run_round() is those five in order, and
+ * virtqueue; complete() gives its buffer back through tx_done. run_round() is those five, and
  * nb_pump_run() repeats it, polling while there is work and sleeping on the eventfds when there is none.
  *
  * Every function that moves frames returns how many it moved, or a negative verdict: see CLIENT_FAULT and DEVICE_FAULT.
@@ -257,18 +257,21 @@ static int complete(struct nb_pump *pump)
     int completed = virtqueue_completed(pump->config.tx_queue);
     if (completed < 0)
         return device_fault(-1 - completed);
+    int verdict = 0;
     for (int i = 0; i < completed; i++) {
         struct nb_used used;
         int taken = virtqueue_take(pump->config.tx_queue, &used);
-        if (taken < 0)
-            return device_fault(-1 - taken);
+        if (taken < 0) {
+            verdict = device_fault(-1 - taken);
+            break;
+        }
         acknowledge(pump, used.buffer);
         count(&counters->packets_tx, 1);
         count(&counters->bytes_tx, used.readable);
     }
     if (completed)
         ring_publish(&pump->config.tx_done, pump->tx_done_put);
-    return completed;
+    return verdict < 0 ? verdict : completed;
 }
 
 /* ---- Rounds, sleep and wake-up -------------------------------------------------------------------------------- */
@@ -301,18 +304,20 @@ static void wake_client(struct nb_pump *pump)
 
 static int run_round(struct nb_pump *pump)
 {
-    int received = receive(pump);
-    if (received < 0)
-        return received;
-    int completed = complete(pump);
-    if (completed < 0)
-        return completed;
-    /* Before the slower half: the client works while we refill and send. */
-    if (received || completed)
-        wake_client(pump);
+    /* First, or a frame would be dropped for buffers that the client has already given back. */
     int returned = take_back(pump);
     if (returned < 0)
         return returned;
+    int received = receive(pump);
+    int completed = received < 0 ? 0 : complete(pump);
+    /* Before the slower half: the client works while we refill and send. After a fault as well: what came before it has
+     * been published, and who sleeps was promised a doorbell for that. */
+    if (received || completed)
+        wake_client(pump);
+    if (received < 0)
+        return received;
+    if (completed < 0)
+        return completed;
     refill(pump);
     int sent = transmit(pump);
     return sent < 0 ? sent : received + completed + returned + sent;

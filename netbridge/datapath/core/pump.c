@@ -380,13 +380,14 @@ static int look_at_fds(struct nb_pump *pump, int timeout_ms)
         case SOURCE_INTX:
             count(&pump->config.counters->interrupts, 1);
             if (acknowledge_intx(pump))
-                event = event ? event : NB_EVENT_CONFIG;
+                event = NB_EVENT_CONFIG;
             break;
         case SOURCE_DOORBELL:
             doorbell_clear(fd);
             break;
         case SOURCE_CONTROL:
-            event = NB_EVENT_CONTROL;
+            /* A configuration change goes first: the ISR has forgotten it, control_fd will still be readable. */
+            event = event ? event : NB_EVENT_CONTROL;
             break;
         }
     }

@@ -512,4 +512,5 @@ void nb_pump_prime(struct nb_pump *pump)
     while (ledger_free_count(tx) != 0)
         acknowledge(pump, ledger_take_for_device(tx));
     ring_publish(&pump->config.tx_done, pump->tx_done_put);
+    wake_client(pump); /* it may have been waiting for a buffer since it got the port */
 }

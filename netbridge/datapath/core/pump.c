@@ -335,16 +335,19 @@ static void stop_asking(struct nb_pump *pump)
 static bool ask_for_wakeup(struct nb_pump *pump)
 {
     const struct nb_pump_config *config = &pump->config;
-    /* Returned RX buffers can wait while the device has plenty. */
-    bool device_starves = config->rx_queue->free_count > config->rx_queue->size / 2;
+    /* Returned RX buffers can wait while the device has plenty: half of its queue, and enough for the longest frame, which
+     * it holds back until it has room for all of it. */
+    bool device_starves = config->rx_queue->free_count > config->rx_queue->size / 2 ||
+                          config->rx_queue->chains_in_flight < config->rx_max_pieces;
     if (device_starves)
         ring_arm(&config->rx_free);
-    ring_arm(&config->tx_active);
+    /* Frames to send can wait while the device has no room for them: its interrupt will tell. */
+    bool room_to_send = config->tx_queue->free_count >= 2;
+    if (room_to_send)
+        ring_arm(&config->tx_active);
     virtqueue_set_interrupts(config->rx_queue, true);
     virtqueue_set_interrupts(config->tx_queue, true);
     fence_store_load();
-    /* Frames to send can wait while the device has no room for them: its interrupt will tell. */
-    bool room_to_send = config->tx_queue->free_count >= 2;
     bool nothing = virtqueue_completed(config->rx_queue) == 0 && virtqueue_completed(config->tx_queue) == 0 &&
                    (!room_to_send || ring_waiting(&config->tx_active, pump->tx_active_taken) == 0) &&
                    (!device_starves || ring_waiting(&config->rx_free, pump->rx_free_taken) == 0);

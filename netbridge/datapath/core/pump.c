@@ -385,8 +385,7 @@ static int look_at_fds(struct nb_pump *pump, int timeout_ms)
             if (acknowledge_intx(pump))
                 event = NB_EVENT_CONFIG;
             break;
-        case SOURCE_DOORBELL:
-            doorbell_clear(fd);
+        case SOURCE_DOORBELL: /* edge-triggered, never read: see watch() */
             break;
         case SOURCE_CONTROL:
             /* A configuration change goes first: the ISR has forgotten it, control_fd will still be readable. */
@@ -461,6 +460,10 @@ static int watch(struct nb_pump *pump, int fd, enum source source)
     if (fd < 0)
         return 0;
     struct epoll_event event = {.events = EPOLLIN, .data.u64 = (uint64_t)(uint32_t)fd << 32 | source};
+    /* The client shares the doorbell's open file description: it could make it blocking and empty it under our hands. So
+     * the doorbell is never read; each ring is an edge. */
+    if (source == SOURCE_DOORBELL)
+        event.events |= EPOLLET;
     return epoll_ctl(pump->epoll_fd, EPOLL_CTL_ADD, fd, &event);
 }
 

@@ -12,7 +12,7 @@
 
 static bool region_is_valid(const uint8_t *base, uint32_t count, uint32_t stride, uint32_t headroom)
 {
-    return base != NULL && count != 0 && count <= 1u << 24 && stride > headroom;
+    return base != NULL && count != 0 && count <= MOST_BUFFERS && stride > headroom;
 }
 
 int nb_client_init(struct nb_client *client)

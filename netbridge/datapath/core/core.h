@@ -6,4 +6,7 @@
 
 #include "api.h"
 
+/* As many as a handle's index can name. */
+enum { MOST_BUFFERS = 1 << 24 };
+
 #endif

@@ -5,7 +5,7 @@
 
 struct nb_ledger *nb_ledger_new(const struct nb_region *region)
 {
-    if (region->count == 0 || region->count > 1u << 24 || region->stride <= region->headroom)
+    if (region->count == 0 || region->count > MOST_BUFFERS || region->stride <= region->headroom)
         return NULL;
     struct nb_ledger *ledger = calloc(1, sizeof(*ledger) + region->count * sizeof(ledger->buffers[0]));
     if (!ledger)

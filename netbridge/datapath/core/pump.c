@@ -22,7 +22,7 @@ enum {
     ETHERNET_HEADER = 14,
     MAX_PIECES = 64,            /* more than a 64 KiB frame needs in buffers of 2 KiB */
     ROUNDS_BETWEEN_LOOKS = 256, /* while awake, how often control_fd and INTx are looked at */
-    NUM_BUFFERS_OFFSET = 10,    /* in struct virtio_net_hdr (virtio 1.3 §5.1.6) */
+    NUM_BUFFERS_OFFSET = 10,    /* in struct virtio_net_hdr (virtio 1.3 §5.1.6), a 16-bit word */
     ISR_CONFIG_CHANGE = 2,      /* virtio 1.3 §4.1.4.5 */
 };
 
@@ -469,12 +469,19 @@ static int watch(struct nb_pump *pump, int fd, enum source source)
 
 static bool is_consistent(const struct nb_pump_config *config)
 {
-    uint32_t rx = config->rx_ledger->region.count;
+    const struct nb_region *region = &config->rx_ledger->region;
+    uint32_t rx = region->count;
     uint32_t tx = config->tx_ledger->region.count;
+    /* Only merged frames have num_buffers; it must lie inside the header, and where a 16-bit word may. */
+    bool merges = config->rx_max_pieces > 1;
+    bool merge_header_is_valid = config->net_header_bytes >= NUM_BUFFERS_OFFSET + sizeof(uint16_t) &&
+                                 ((uintptr_t)region->base + region->headroom - config->net_header_bytes) % 2 == 0 &&
+                                 region->stride % 2 == 0;
     return ring_is_valid(&config->rx_active, rx) && ring_is_valid(&config->rx_free, rx) &&
            ring_is_valid(&config->tx_active, tx) && ring_is_valid(&config->tx_done, tx) && config->burst != 0 &&
            config->rx_max_pieces >= 1 && config->rx_max_pieces <= MAX_PIECES &&
-           config->net_header_bytes <= config->rx_ledger->region.headroom &&
+           config->net_header_bytes <= region->headroom && (!merges || merge_header_is_valid) &&
+           config->tx_queue->size >= 2 && /* header and frame take a descriptor each */
            (config->intx_fd < 0 || config->isr_status != NULL);
 }
 
@@ -489,8 +496,10 @@ struct nb_pump *nb_pump_new(const struct nb_pump_config *config)
         return NULL;
     pump->config = *config;
     pump->epoll_fd = epoll_create1(EPOLL_CLOEXEC);
+    /* A device with few vectors has one for both queues. */
+    int second_irq_fd = config->tx_irq_fd == config->rx_irq_fd ? -1 : config->tx_irq_fd;
     if (pump->epoll_fd < 0 || watch(pump, config->rx_irq_fd, SOURCE_QUEUE) ||
-        watch(pump, config->tx_irq_fd, SOURCE_QUEUE) || watch(pump, config->intx_fd, SOURCE_INTX) ||
+        watch(pump, second_irq_fd, SOURCE_QUEUE) || watch(pump, config->intx_fd, SOURCE_INTX) ||
         watch(pump, config->client_doorbell_fd, SOURCE_DOORBELL) ||
         watch(pump, config->control_fd, SOURCE_CONTROL)) {
         nb_pump_free(pump);

@@ -248,6 +248,8 @@ int nb_client_receive(struct nb_client *client, struct nb_piece *pieces, uint32_
 void nb_client_release(struct nb_client *client, const struct nb_piece *pieces, uint32_t count);
 /* Up to `most` free TX buffers; -1 as above. */
 int nb_client_allocate(struct nb_client *client, struct nb_piece *pieces, uint32_t most);
+/* Undoes the last `count` allocations, none of which was sent: these buffers will be allocated next. */
+void nb_client_unallocate(struct nb_client *client, uint32_t count);
 /* Sends TX buffers: `len` and `flags` set by the caller. */
 void nb_client_send(struct nb_client *client, const struct nb_piece *pieces, uint32_t count);
 /* Rings the driver's bell if it sleeps. Call once after a burst of release and send. */

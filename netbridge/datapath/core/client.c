@@ -92,6 +92,13 @@ int nb_client_allocate(struct nb_client *client, struct nb_piece *pieces, uint32
     return (int)count;
 }
 
+/* The entries are still in the ring: the driver puts one into a buffer's place only after the buffer came back. */
+void nb_client_unallocate(struct nb_client *client, uint32_t count)
+{
+    client->tx_done_taken -= count;
+    ring_consumed(&client->tx_done, client->tx_done_taken);
+}
+
 void nb_client_send(struct nb_client *client, const struct nb_piece *pieces, uint32_t count)
 {
     for (uint32_t i = 0; i < count; i++)

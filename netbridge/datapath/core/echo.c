@@ -3,13 +3,14 @@
  * The one copy is the service's own, from an RX to a TX buffer: the regions differ because a client may send from the one
  * and not from the other.
  */
+#include <poll.h>
 #include <stdbool.h>
 #include <string.h>
 
 #include "core.h"
 #include "counting.h"
 
-enum { BURST = 64, MAC_BYTES = 6 };
+enum { BURST = 64, BURSTS_BETWEEN_LOOKS = 256, MAC_BYTES = 6 };
 
 static void reflect(uint8_t *to, const uint8_t *from, uint32_t len)
 {
@@ -41,6 +42,12 @@ static uint32_t reflect_burst(const struct nb_piece *received, uint32_t count, s
     return used;
 }
 
+static bool is_readable(int fd)
+{
+    struct pollfd look = {.fd = fd, .events = POLLIN};
+    return poll(&look, 1, 0) > 0;
+}
+
 int nb_client_echo(struct nb_client *client, int control_fd, struct nb_echo_counts *counts)
 {
     struct nb_piece received[BURST];
@@ -62,13 +69,17 @@ int nb_client_echo(struct nb_client *client, int control_fd, struct nb_echo_coun
             counts->bursts++;
             spare -= used;
             memmove(replies, replies + used, spare * sizeof(replies[0]));
-            continue;
+            if (counts->bursts % BURSTS_BETWEEN_LOOKS != 0 || !is_readable(control_fd))
+                continue;
+            break;
         }
         int wanted = spare ? NB_WAIT_RECEIVE : NB_WAIT_ALLOCATE;
         int found = nb_client_wait(client, wanted | NB_WAIT_CONTROL, control_fd, -1);
         if (found & NB_WAIT_FAILED)
             return -1;
         if (found & NB_WAIT_CONTROL)
-            return 0;
+            break;
     }
+    nb_client_unallocate(client, spare); /* the caller may come back, and they are its only ones */
+    return 0;
 }

@@ -1,0 +1,376 @@
+"""The I/O address space of one or more devices: what of this process's memory they can reach, and at which addresses.
+
+Mappings are kept account of here, so that whatever the kernel calls a bare EINVAL can be said in words.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+
+from vfio import _diagnose
+from vfio._backend import Backend, DeviceFds
+from vfio._iommufd import Ioas, available
+from vfio._type1 import KINDS, Type1
+from vfio.errors import IovaError, LockedMemoryLimit, Malformed, MappingLimit, Unsupported, VfioError
+from vfio.iova import IovaAllocator, IovaRange
+from vfio.memory import HUGE_1G, HUGE_2M, Memory
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from vfio.pci import PciFunction
+
+INTERFACES = ("auto", "iommufd", *KINDS)
+
+
+class DmaMapping:
+    """Memory that the devices of an `Iommu` can reach. A context manager; `close()` unmaps it.
+
+    - `iova`: the address to give to the device
+    - `size`: bytes
+    - `address`: where the memory is in this process
+    - `readable`, `writable`: what the device may do
+
+    It keeps the `Memory` object it was made from alive, but does not own it.
+    """
+
+    def __init__(
+        self, iommu: Iommu, memory: Memory | None, address: int, iova: int, size: int, read: bool, write: bool
+    ) -> None:
+        self._iommu: Iommu | None = iommu
+        self._memory = memory
+        self.address = address
+        self.iova = iova
+        self.size = size
+        self.readable = read
+        self.writable = write
+
+    @property
+    def closed(self) -> bool:
+        """Whether it was unmapped, by itself or along with a range or everything."""
+        return self._iommu is None
+
+    def close(self) -> None:
+        """Unmap it. The device must not use it any more: an access from now on is an IOMMU fault. Doing it twice is
+        harmless."""
+        if self._iommu is not None:
+            self._iommu.unmap_range(self.iova, self.size)
+
+    def _closed(self) -> None:
+        self._iommu = None
+        self._memory = None
+
+    def __enter__(self) -> DmaMapping:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        rights = ("r" if self.readable else "-") + ("w" if self.writable else "-")
+        return f"<DmaMapping {self.iova:#x}-{self.iova + self.size - 1:#x} {rights}{' closed' if self.closed else ''}>"
+
+
+class Iommu:
+    """One I/O address space. `Device.iommu` is the one a device is in; several devices can share one: make it with
+    `Iommu.open`, and give it to `open_device` for each. Not for use from several threads at once.
+
+    - `interface`: the way in: "type1v2", "type1", "iommufd", "iommufd-compat-type1v2", … or "noiommu"
+    """
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self._allocator: IovaAllocator | None = None
+        self._mappings: dict[int, DmaMapping] = {}
+        self._closed = False
+        self.interface = backend.interface
+
+    @classmethod
+    def open(cls, interface: str = "group", *, dev_root: str = "/dev", sysfs_root: str = "/sys") -> Iommu:
+        """Make an empty address space. `interface`: "group" (type1v2, or type1 on an old kernel), "iommufd", or one
+        by its full name. Raises `Unsupported`, `NotPermitted`, `DriverMissing`."""
+        if interface == "iommufd":
+            return cls(Ioas.open(dev_root, sysfs_root))
+        if interface in KINDS:
+            return cls(Type1.open(interface, dev_root, sysfs_root))
+        raise Unsupported(f"there is no interface {interface!r}", fix=f"give one of {', '.join(INTERFACES[1:])}")
+
+    @classmethod
+    def from_fds(cls, fds: DeviceFds) -> Iommu:
+        """An address space that another process opened. Takes ownership of `fds.iommu`."""
+        if fds.interface == "iommufd":
+            iommu = cls(Ioas.adopt(fds.iommu, fds.ioas_id))
+        elif fds.interface in KINDS:
+            iommu = cls(Type1.adopt(fds.iommu, fds.interface))
+        else:
+            raise Unsupported(
+                f"there is no interface {fds.interface!r}", fix=f"give one of {', '.join(INTERFACES[1:])}"
+            )
+        return iommu
+
+    # What the kernel allows
+
+    @property
+    def iova_ranges(self) -> tuple[IovaRange, ...]:
+        """The addresses that the IOMMU can translate for all the devices in it, in order. A range ends with `last`,
+        which is still part of it."""
+        return self._account().ranges
+
+    @property
+    def page_size(self) -> int:
+        """Smallest page of the IOMMU in bytes: addresses and sizes of mappings are multiples of it."""
+        return self._account().granule
+
+    @property
+    def page_sizes(self) -> tuple[int, ...]:
+        """Page sizes the kernel tells of, in bytes. iommufd tells only the smallest."""
+        return self._backend.info().page_sizes
+
+    @property
+    def dma_avail(self) -> int | None:
+        """How many more mappings the kernel allows (type1's `dma_entry_limit`), or None where it does not tell."""
+        return self._backend.info().dma_avail
+
+    @property
+    def mappings(self) -> tuple[DmaMapping, ...]:
+        """The mappings that are open now, by IOVA."""
+        return tuple(self._mappings[iova] for iova in sorted(self._mappings))
+
+    # Mapping
+
+    def map(
+        self,
+        memory: Memory,
+        iova: int | None = None,
+        *,
+        offset: int = 0,
+        size: int | None = None,
+        read: bool = True,
+        write: bool = True,
+        align: int | None = None,
+        below: int | None = None,
+    ) -> DmaMapping:
+        """Let the devices reach `memory`, or `size` bytes of it from `offset`. Pins the pages.
+
+        `iova` is the address the device is to use, or None to have one chosen (never 0), a multiple of `align` and
+        entirely below `below` (1 << 32 for a device that only has 32-bit addresses). `read` and `write` are what the
+        device may do. All in bytes.
+
+        Raises `IovaError` (misaligned, out of range, overlapping), `LockedMemoryLimit`, `MappingLimit`, or `VfioError`.
+        """
+        if memory.closed:
+            raise VfioError(f"cannot map {memory!r}: it is closed")
+        wanted = memory.size - offset if size is None else size
+        if offset < 0 or wanted <= 0 or offset + wanted > memory.size:
+            raise VfioError(f"bytes {offset:#x} to {offset + wanted:#x} are not all inside {memory!r}")
+        return self._map(memory, memory.address + offset, wanted, iova, read, write, align, below, memory.page_size)
+
+    def map_address(
+        self,
+        address: int,
+        size: int,
+        iova: int | None = None,
+        *,
+        read: bool = True,
+        write: bool = True,
+        align: int | None = None,
+        below: int | None = None,
+    ) -> DmaMapping:
+        """As `map`, for memory of this process that is not a `Memory`: the caller sees to it that it stays there."""
+        return self._map(None, address, size, iova, read, write, align, below, 1)
+
+    def _map(
+        self,
+        memory: Memory | None,
+        address: int,
+        size: int,
+        iova: int | None,
+        read: bool,
+        write: bool,
+        align: int | None,
+        below: int | None,
+        page_size: int,
+    ) -> DmaMapping:
+        if self.interface == "noiommu":
+            raise Unsupported(
+                "without an IOMMU nothing can be mapped",
+                cause="the device uses physical addresses, from which nothing protects the machine",
+            )
+        account = self._account()
+        if address % account.granule:
+            raise IovaError(f"memory at {address:#x} does not start on a page of {account.granule:#x} bytes")
+        if not (read or write):
+            raise VfioError("a mapping that the device may neither read nor write is of no use")
+        if iova is None:
+            iova = self._choose(account, size, align, below, page_size)
+        else:
+            account.reserve(iova, size)
+        try:
+            self._backend.map(address, iova, size, read, write)
+        except OSError as error:
+            account.release(iova, size)
+            raise self._map_failed(error, iova, size) from None
+        except BaseException:
+            account.release(iova, size)
+            raise
+        mapping = DmaMapping(self, memory, address, iova, size, read, write)
+        self._mappings[iova] = mapping
+        return mapping
+
+    @staticmethod
+    def _choose(account: IovaAllocator, size: int, align: int | None, below: int | None, page_size: int) -> int:
+        if align is None:
+            # Large pages of the IOMMU can only be used when both addresses are aligned to them.
+            wish = HUGE_1G if page_size == HUGE_1G else HUGE_2M
+            if size >= wish:
+                try:
+                    return account.allocate(size, wish, below)
+                except IovaError:
+                    pass  # crowded: anywhere will do
+        return account.allocate(size, align, below)
+
+    def unmap_range(self, iova: int, size: int) -> int:
+        """Unmap every mapping that lies within `size` bytes from `iova`; the number of bytes that were mapped.
+        Raises `IovaError` for a range that would cut a mapping in two."""
+        if iova < 0 or size <= 0 or iova + size > 1 << 64:
+            raise IovaError(f"there are no {size:#x} bytes at IOVA {iova:#x}")
+        inside = []
+        for mapping in self.mappings:
+            if mapping.iova < iova + size and iova < mapping.iova + mapping.size:
+                if mapping.iova < iova or iova + size < mapping.iova + mapping.size:
+                    raise IovaError(
+                        f"unmapping {iova:#x}-{iova + size - 1:#x} would cut {mapping!r} in two",
+                        fix="unmap whole mappings",
+                    )
+                inside.append(mapping)
+        if not inside:
+            return 0
+        expected = sum(mapping.size for mapping in inside)
+        try:
+            freed = self._backend.unmap(iova, size)
+        except OSError as error:
+            raise VfioError(f"cannot unmap IOVA {iova:#x}-{iova + size - 1:#x}", errno=error.errno) from None
+        self._forget(inside)
+        if freed != expected:
+            raise Malformed(f"the kernel unmapped {freed:#x} bytes at IOVA {iova:#x} where {expected:#x} were mapped")
+        return freed
+
+    def unmap_all(self) -> int:
+        """Unmap everything; the number of bytes that were mapped."""
+        if not self._mappings:
+            return 0
+        try:
+            freed = self._backend.unmap_all()
+        except OSError as error:
+            raise VfioError("cannot unmap everything", errno=error.errno) from None
+        if freed is None:  # a kernel without VFIO_DMA_UNMAP_FLAG_ALL
+            return sum(self.unmap_range(mapping.iova, mapping.size) for mapping in self.mappings)
+        self._forget(self.mappings)
+        return freed
+
+    def _forget(self, mappings: tuple[DmaMapping, ...] | list[DmaMapping]) -> None:
+        for mapping in mappings:
+            del self._mappings[mapping.iova]
+            self._account().release(mapping.iova, mapping.size)
+            mapping._closed()
+
+    def _map_failed(self, error: OSError, iova: int, size: int) -> VfioError:
+        doing = f"cannot map {size:#x} bytes for DMA at IOVA {iova:#x}"
+        code = error.errno
+        if code == errno.ENOSPC:
+            return MappingLimit(
+                doing,
+                errno=code,
+                cause=f"the kernel's limit on DMA mappings is reached; {len(self._mappings)} are open here",
+                fix="map fewer, larger pieces, or raise vfio_iommu_type1's module parameter dma_entry_limit",
+            )
+        if code == errno.ENOMEM:
+            used, limit, exempt = _diagnose.locked_memory()
+            if limit is not None and not exempt and (used or 0) + size > limit:
+                return LockedMemoryLimit(
+                    doing,
+                    errno=code,
+                    cause=f"the limit on locked memory is {_mib(limit)}, "
+                    f"{_mib(used or 0)} are locked already, {_mib(size)} more are needed",
+                    fix=f"raise it: ulimit -l {((used or 0) + size + 1023) // 1024} (in KiB), LimitMEMLOCK= in a "
+                    "systemd unit, memlock in /etc/security/limits.conf, or give the process CAP_IPC_LOCK",
+                )
+            return VfioError(doing, errno=code, cause="there is not enough memory to pin", fix="free some, or map less")
+        if code == errno.EFAULT:
+            return VfioError(
+                doing, errno=code, cause="the memory is not mapped in this process, or not for what the device may do"
+            )
+        if code == errno.EEXIST:
+            return IovaError(doing, errno=code, cause="another process sharing this IOMMU has something there")
+        return VfioError(doing, errno=code, cause="the kernel's ranges: " + ", ".join(map(str, self.iova_ranges)))
+
+    # Devices coming and going; called by Device
+
+    def _attach(self, function: PciFunction, dev_root: str) -> tuple[int, int]:
+        if self._closed:
+            raise VfioError("the I/O address space is closed", device=function.address)
+        fds = self._backend.attach(function, dev_root)
+        self._refresh()
+        return fds
+
+    def _detach(self, group_fd: int) -> None:
+        if self._closed:
+            return
+        if self._backend.detach(group_fd):
+            self._forget(self.mappings)
+            self._allocator = None
+
+    def _refresh(self) -> None:
+        if self._allocator is not None:
+            self._allocator.set_ranges(self._backend.info().ranges)
+
+    def _account(self) -> IovaAllocator:
+        if self._allocator is None:
+            if self._closed:
+                raise VfioError("the I/O address space is closed")
+            try:
+                info = self._backend.info()
+            except OSError as error:
+                raise VfioError(
+                    "the kernel does not tell the IOVA ranges",
+                    errno=error.errno,
+                    cause="no device is in this address space yet" if error.errno == errno.ENODEV else None,
+                ) from None
+            self._allocator = IovaAllocator(info.ranges, min(info.page_sizes))
+        return self._allocator
+
+    def close(self) -> None:
+        """Unmap everything and close the files. Devices in it should be closed first. Doing it twice is harmless."""
+        if self._closed:
+            return
+        try:
+            self.unmap_all()  # other processes may hold the same files, so closing alone might unmap nothing
+        except VfioError:
+            pass  # the device is gone, and its mappings with it
+        finally:
+            self._closed = True
+            for mapping in self.mappings:
+                mapping._closed()
+            self._mappings.clear()
+            self._backend.close()
+
+    def __enter__(self) -> Iommu:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<Iommu {self.interface}{' closed' if self._closed else ''} {len(self._mappings)} mappings>"
+
+
+def open_for(function: PciFunction, interface: str, dev_root: str) -> Iommu:
+    """A new address space for a function; "auto" takes iommufd where kernel and permissions offer it."""
+    if interface == "auto":
+        usable = available(function, dev_root) and os.access(f"{dev_root}/iommu", os.R_OK | os.W_OK)
+        interface = "iommufd" if usable else "group"
+    return Iommu.open(interface, dev_root=dev_root, sysfs_root=function.sysfs_root)
+
+
+def _mib(size: int) -> str:
+    return f"{size / (1 << 20):.4g} MiB"

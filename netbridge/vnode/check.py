@@ -10,6 +10,7 @@ from netbridge.errors import ExitCode, ManifestError
 from netbridge.vnode import json_schema
 from netbridge.vnode.capabilities import KINDS
 from netbridge.vnode.manifest import Manifest
+from netbridge.vnode.wording import show
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -74,5 +75,5 @@ def _mode(manifest: Manifest) -> str:
 
 
 def _mounts(manifest: Manifest) -> str:
-    mounts = [f"{mount.path} ({'read-write' if mount.writable else 'read-only'})" for mount in manifest.mounts]
+    mounts = [f"{show(mount.path)} ({'read-write' if mount.writable else 'read-only'})" for mount in manifest.mounts]
     return ", ".join(mounts) or "nothing"

@@ -77,7 +77,7 @@ def _section(shape: Section, node: Node, path: str, at: Place, problems: Problem
             # A key that was only misspelt has been told of, and is not missing as well.
             if key.required and key.name not in meant:
                 problems.add(at, _join(path, key.name), "it is missing", _expected(key.shape))
-            values[key.name] = deepcopy(key.default)
+            values[key.name] = ABSENT if key.required else deepcopy(key.default)
     return values
 
 
@@ -281,8 +281,8 @@ def _hint(shape: Text | Choice | Whole | Fraction, node: Scalar) -> str:
             return f"{expected}, without the quotes"
         if node.plain and node.kind == "int" and _DECIMAL.fullmatch(node.text) is None:
             return f"{expected}, in plain decimal digits"
-    elif isinstance(shape, Text) and node.plain and node.kind not in ("str", "null"):
-        return f"{expected}; in quotes, if this is what it should be"
+    elif isinstance(shape, Text) and node.kind not in ("str", "null") and re.fullmatch(shape.pattern, node.text):
+        return f"{expected}, in quotes"
     return expected
 
 

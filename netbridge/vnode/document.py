@@ -118,7 +118,7 @@ def parse(data: bytes, problems: Problems) -> Node | None:
         problems.add(_place(error.problem_mark or error.context_mark), "", *_syntax_error(error))
     except (ValueError, OverflowError):
         # PyYAML lets these through for an escape or a directive with a number that is none, such as "\UFFFFFFFF".
-        problems.add(builder.reached, "", "not YAML: an escape or a directive holds an impossible number", "YAML")
+        problems.add(builder.reached, "", "not YAML: an escape or a directive holds an impossible number")
     return None
 
 
@@ -223,7 +223,7 @@ def _place(mark: _Mark | None) -> Place:
     return (1, 1) if mark is None else (mark.line + 1, mark.column + 1)
 
 
-def _syntax_error(error: yaml.MarkedYAMLError) -> tuple[str, str]:
+def _syntax_error(error: yaml.MarkedYAMLError) -> tuple[str, str | None]:
     """What PyYAML's message means for someone who writes a manifest."""
     problem = error.problem or "unknown"
     what = f"not YAML: {problem}"
@@ -235,4 +235,4 @@ def _syntax_error(error: yaml.MarkedYAMLError) -> tuple[str, str]:
         what += f" {error.context}"
         if error.context_mark is not None:
             what += f" that begins at {error.context_mark.line + 1}:{error.context_mark.column + 1}"
-    return what, "YAML"
+    return what, None

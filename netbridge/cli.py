@@ -1,0 +1,240 @@
+"""The `netbridge` command.
+
+Modules that a verb needs are imported by that verb: `check` runs where the C core was never built, and the driver
+process loads no more than it uses.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pwd
+import signal
+import sys
+from collections.abc import Sequence
+
+from netbridge.errors import ExitCode, NetbridgeError, UsageError
+from netbridge.log import Log
+from vfio.errors import VfioError
+
+RUN_DIRECTORY = "/run/netbridge"
+SERVICE_USER = "aethernet"
+
+_DESCRIPTION = (
+    "A user-space driver for virtio-net: claims a PCI function through Linux VFIO and hands every frame, without \
+a copy, to the network stack in another process."
+)
+_EXIT_CODES = """\
+exit codes:
+  0  done, or stopped by SIGTERM
+  1  something else went wrong
+  2  the command line or the manifest is wrong
+  3  the manifest does not grant what was asked for
+  4  the device, VFIO or the IOMMU
+  5  the port to the service
+  130  stopped by Ctrl-C
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code. Everything a user can do wrong ends in one message on stderr."""
+    parser = _parser()
+    try:
+        options = parser.parse_args(arguments)
+        return int(options.verb(options))
+    except NetbridgeError as error:
+        return _failed(error, error.exit_code)
+    except VfioError as error:
+        return _failed(error, ExitCode.DEVICE)
+    except KeyboardInterrupt:
+        return ExitCode.INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read our output has seen enough; the interpreter must not complain about it either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return ExitCode.FAILURE
+
+
+def _failed(error: Exception, code: int) -> int:
+    for line in (str(error), *getattr(error, "__notes__", ())):
+        print(f"netbridge: {line}", file=sys.stderr)
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="netbridge",
+        description=_DESCRIPTION,
+        epilog=_EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+    _add_run(verbs.add_parser("run", help="claim the manifest's function and serve its port until stopped"))
+    _add_check(verbs.add_parser("check", help="check a manifest and show what it grants"))
+    _add_stats(verbs.add_parser("stats", help="show the counters of a running driver"))
+    _add_restore(
+        verbs.add_parser("restore", help="give functions that a crashed driver left behind to their own driver")
+    )
+    return parser
+
+
+# ---- run --------------------------------------------------------------------------------------------------------------
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Claims the PCI function that the manifest names and serves its port until SIGTERM, Ctrl-C or an \
+unplug; then resets the device and gives it back to the driver it had. Needs root."
+    )
+    parser.add_argument("manifest", help="a vnode.yml, or the name of one that comes with the package (net-bridge)")
+    parser.add_argument("--pci", metavar="ADDRESS", help="refuse to start unless the manifest names this function")
+    parser.add_argument("--socket", metavar="PATH", help="where the service finds the port (default: %(default)s)")
+    parser.add_argument(
+        "--service-uid",
+        metavar="USER",
+        action="append",
+        help=f"user name or uid that may connect; may be repeated (default: {SERVICE_USER}, if there is such a user)",
+    )
+    parser.add_argument("--counters", metavar="PATH", help="the counters page (default: beside the socket)")
+    parser.add_argument(
+        "--rx-buffers", metavar="N", type=_buffers, help="receive buffers of 2 KiB (default: %(default)s)"
+    )
+    parser.add_argument("--tx-buffers", metavar="N", type=_buffers, help="send buffers of 2 KiB (default: %(default)s)")
+    parser.add_argument(
+        "--spin-us",
+        metavar="µs",
+        type=_microseconds,
+        help="poll this long after the last frame before sleeping (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--without", metavar="FEATURE", action="append", help="do not use a virtio feature, such as MRG_RXBUF"
+    )
+    parser.add_argument(
+        "--interface", choices=("auto", "group", "iommufd"), help="which VFIO interface (default: %(default)s)"
+    )
+    parser.add_argument("--json", action="store_true", help="print the final counters as JSON on stdout")
+    parser.set_defaults(
+        verb=_run,
+        socket=f"{RUN_DIRECTORY}/aethernet.sock",
+        rx_buffers=1024,
+        tx_buffers=512,
+        spin_us=0,
+        interface="auto",
+        without=[],
+    )
+
+
+def _run(options: argparse.Namespace) -> int:
+    from netbridge import driver
+    from netbridge.bridge import Settings, Stop
+    from netbridge.vnode.manifest import Manifest
+    from vfio.pci import PciAddress
+
+    manifest = Manifest.open(options.manifest)
+    granted = manifest.capabilities
+    why, signal_number, counters = driver.run(
+        manifest,
+        driver.Options(
+            pci=PciAddress.parse(options.pci) if options.pci else None,
+            socket_path=options.socket,
+            counters_path=options.counters or f"{options.socket}.counters",
+            service_uids=_service_uids(options.service_uid),
+            without_features=options.without,
+            interface=options.interface,
+            settings=Settings(
+                rx_buffers=options.rx_buffers,
+                tx_buffers=options.tx_buffers,
+                spin_us=options.spin_us,
+                rx_read_only=granted.mem_share == "ro",
+            ),
+        ),
+        Log(granted.log),
+    )
+    if options.json:
+        print(json.dumps(counters))
+    if why is Stop.UNPLUG:
+        print("netbridge: the device was taken away (unplugged, or unbound from vfio-pci)", file=sys.stderr)
+        return ExitCode.DEVICE
+    return ExitCode.INTERRUPTED if signal_number == signal.SIGINT else ExitCode.OK
+
+
+def _service_uids(names: list[str] | None) -> list[int]:
+    uids = []
+    for name in names or [SERVICE_USER]:
+        if name.isdecimal():
+            uids.append(int(name))
+            continue
+        try:
+            uids.append(pwd.getpwnam(name).pw_uid)
+        except KeyError:
+            hint = "name the service's user with --service-uid" if not names else "name one that there is, or a uid"
+            raise UsageError(f"there is no user {name}; {hint}") from None
+    return uids
+
+
+def _buffers(text: str) -> int:
+    if not (text.isdecimal() and 2 <= int(text) <= 1 << 16):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of buffers from 2 to 65536")
+    return int(text)
+
+
+def _microseconds(text: str) -> int:
+    if not (text.isdecimal() and int(text) <= 1_000_000):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of microseconds from 0 to 1000000")
+    return int(text)
+
+
+# ---- check, stats, restore --------------------------------------------------------------------------------------------
+
+
+def _add_check(parser: argparse.ArgumentParser) -> None:
+    from netbridge.vnode import check
+
+    check.add_arguments(parser)
+    parser.set_defaults(verb=check.main)
+
+
+def _add_stats(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Reads the counters page of a running driver, without disturbing it."
+    parser.add_argument("--counters", metavar="PATH", help="the counters page (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="as one JSON object")
+    parser.set_defaults(verb=_stats, counters=f"{RUN_DIRECTORY}/aethernet.sock.counters")
+
+
+def _stats(options: argparse.Namespace) -> int:
+    from netbridge import metrics
+
+    counters = metrics.read(options.counters)
+    if options.json:
+        print(json.dumps(counters))
+        return ExitCode.OK
+    for name, value in counters.items():
+        if not isinstance(value, dict):
+            print(f"{name:<26} {value}")
+        elif any(isinstance(inner, dict) for inner in value.values()):
+            for stage, numbers in value.items():
+                print(f"{name + '.' + stage:<26} " + "  ".join(f"{key} {number}" for key, number in numbers.items()))
+        elif any(value.values()):
+            print(f"{name:<26} " + "  ".join(f"{label} {number}" for label, number in value.items() if number))
+        else:
+            print(f"{name:<26} 0")
+    return ExitCode.OK
+
+
+def _add_restore(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Gives PCI functions that a killed driver left bound to vfio-pci back to the driver they had. \
+Needs root."
+    parser.add_argument("address", nargs="*", help="the functions; all that were left behind when none is named")
+    parser.set_defaults(verb=_restore)
+
+
+def _restore(options: argparse.Namespace) -> int:
+    import vfio
+
+    addresses = [vfio.PciAddress.parse(text) for text in options.address] or list(vfio.leftovers())
+    for address in addresses:
+        vfio.restore(address)
+        print(f"{address}: given back to {vfio.PciFunction(address).driver or 'no driver, as before'}")
+    if not addresses:
+        print("nothing was left behind")
+    return ExitCode.OK

@@ -1,0 +1,153 @@
+"""The counters page: written by the driver in shared memory, read by whoever may, without disturbing it.
+
+The driver owns a file in its run directory and counts into a mapping of it (`struct nb_counters` in the core's api.h);
+`netbridge stats` maps the same file read-only. Nothing is locked: a reader sees each counter whole, all of them almost
+at one moment.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import struct
+from typing import Any
+
+from netbridge.datapath._core import ffi, lib
+from netbridge.errors import NetbridgeError
+
+MAGIC = int.from_bytes(b"NBCOUNT1", "little")
+_HEADER = struct.Struct("<QQ")
+
+
+def _names(enum: str, prefix: str, count: int) -> tuple[str, ...]:
+    """The enumerators of `enum` in order, in lower case and without their prefix."""
+    elements = ffi.typeof(f"enum {enum}").elements
+    return tuple(elements[value].removeprefix(prefix).lower() for value in range(count))
+
+
+DROP_REASONS = _names("nb_drop", "NB_DROP_", lib.NB_DROPS)
+REFUSALS = _names("nb_refusal", "NB_REFUSE_", lib.NB_REFUSALS)
+DEVICE_FAULTS = _names("nb_device_fault", "NB_FAULT_", lib.NB_FAULTS)
+LATENCY_STAGES = _names("nb_latency_stage", "NB_LATENCY_", lib.NB_LATENCY_STAGES)
+
+# Arrays of counters and what each place in them counts.
+_LABELS: dict[str, tuple[str, ...]] = {
+    "drops": DROP_REASONS,
+    "refused_handles": REFUSALS,
+    "device_faults": DEVICE_FAULTS,
+    "rx_bursts": tuple(f"{1 << i}+" for i in range(12)),
+    "tx_bursts": tuple(f"{1 << i}+" for i in range(12)),
+}
+
+
+class CountersUnreadable(NetbridgeError):
+    """There is no driver's counters page where one was looked for."""
+
+
+class CounterPage:
+    """The driver's own page. Owns the file at `path` and removes it on `close`; `counters` is a
+    `struct nb_counters *` for the core, good until then."""
+
+    def __init__(self, path: str) -> None:
+        """Raises NetbridgeError when the file cannot be made."""
+        self.path = path
+        size = ffi.sizeof("struct nb_counters")
+        temporary = f"{path}.{os.getpid()}"
+        try:
+            fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+            try:
+                os.ftruncate(fd, size)
+                # A page that is full of zeroes is in memory and on the file system before anything counts on it.
+                os.posix_fallocate(fd, 0, size)
+                self._map = mmap.mmap(fd, size)
+                os.rename(temporary, path)
+            except OSError:
+                os.unlink(temporary)
+                raise
+            finally:
+                os.close(fd)
+        except OSError as error:
+            raise NetbridgeError(f"cannot make the counters page {path}: {error.strerror}") from error
+        self._buffer = ffi.from_buffer("uint8_t[]", self._map)
+        self.counters = ffi.cast("struct nb_counters *", self._buffer)
+        self.counters.size = size
+        self.counters.magic = MAGIC
+
+    def snapshot(self) -> dict[str, Any]:
+        """All counters as plain data; see `as_dict`."""
+        return as_dict(self.counters)
+
+    def close(self) -> None:
+        """Removes the file and unmaps. Nothing may count any more."""
+        try:
+            os.unlink(self.path)
+        except FileNotFoundError:
+            pass
+        self.counters = ffi.NULL
+        ffi.release(self._buffer)
+        self._map.close()
+
+
+def read(path: str) -> dict[str, Any]:
+    """The counters of a running driver. Raises CountersUnreadable for a file that is not such a page."""
+    size = ffi.sizeof("struct nb_counters")
+    try:
+        with open(path, "rb") as file:
+            # A copy, not a mapping: a file that shrinks then cannot end this process with SIGBUS.
+            data = file.read(size + 1)
+    except OSError as error:
+        raise CountersUnreadable(
+            f"no counters at {path}: {error.strerror}; is the driver running? Name its page with --counters"
+        ) from error
+    if len(data) < _HEADER.size or _HEADER.unpack_from(data) != (MAGIC, size) or len(data) != size:
+        raise CountersUnreadable(f"{path} is no counters page of this version ({size} bytes were expected)")
+    counters = ffi.new("struct nb_counters *")
+    ffi.memmove(counters, data, size)
+    return as_dict(counters)
+
+
+def as_dict(counters: Any) -> dict[str, Any]:
+    """A `struct nb_counters *` as plain data: counters by name, arrays by label, histograms summed up (ns)."""
+    data: dict[str, Any] = {}
+    for name, field in ffi.typeof("struct nb_counters").fields:
+        value = getattr(counters, name)
+        if name in ("magic", "size"):
+            continue
+        if name in _LABELS:
+            data[name] = {label: int(value[i]) for i, label in enumerate(_LABELS[name])}
+        elif field.type.kind == "array":
+            data[name] = {stage: summary(value[i]) for i, stage in enumerate(LATENCY_STAGES)}
+        else:
+            data[name] = int(value)
+    return data
+
+
+def summary(histogram: Any) -> dict[str, int]:
+    """A `struct nb_histogram` in five numbers, nanoseconds. Quantiles are a bucket's upper end: at most a quarter too
+    high."""
+    return {
+        "count": int(histogram.count),
+        "mean": int(histogram.sum_ns // histogram.count) if histogram.count else 0,
+        "p50": quantile(histogram, 0.5),
+        "p99": quantile(histogram, 0.99),
+        "max": int(histogram.max_ns),
+    }
+
+
+def quantile(histogram: Any, fraction: float) -> int:
+    """The value, in nanoseconds, that `fraction` of what was added does not exceed; 0 when nothing was added."""
+    wanted = fraction * histogram.count
+    seen = 0
+    for bucket, count in enumerate(histogram.buckets):
+        seen += count
+        if count and seen >= wanted:
+            return min(_bucket_end(bucket), int(histogram.max_ns))
+    return 0
+
+
+def _bucket_end(bucket: int) -> int:
+    """The largest value of a bucket (nb_histogram_add in the core)."""
+    if bucket < 8:
+        return bucket
+    power, quarter = divmod(bucket, 4)
+    return ((5 + quarter) << (power - 2)) - 1

@@ -1,0 +1,92 @@
+"""Memory that two processes share: sealed memfds, and the checks a receiver makes before it maps one.
+
+A memfd that can shrink under its reader is a SIGBUS waiting to happen, so nothing is mapped here that is not sealed
+against it: by the driver when it makes the region, and once more by the client when it gets one.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+import stat
+
+from netbridge.ipc.errors import BadGeometry
+from netbridge.ipc.geometry import RING_NAMES, Geometry
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+# Neither size nor seals can change any more.
+SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+
+
+def sealed_memfd(name: str, size: int) -> int:
+    """A new memfd of `size` zero bytes that can neither grow nor shrink. The caller owns the fd. Raises OSError."""
+    fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(fd, size)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, SEALS)
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
+
+
+def verify_sealed(fd: int, size: int, what: str) -> None:
+    """Checks that `fd` is a regular file of exactly `size` bytes whose size can never change. Raises BadGeometry."""
+    status = os.fstat(fd)
+    if not stat.S_ISREG(status.st_mode):
+        raise BadGeometry(f"{what}: not a memfd")
+    try:
+        seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+    except OSError:
+        raise BadGeometry(f"{what}: not a memfd that can be sealed") from None
+    missing = [name for name, seal in _SEAL_NAMES if not seals & seal]
+    if missing:
+        raise BadGeometry(f"{what}: not sealed ({', '.join(missing)} missing), its size could change under a reader")
+    # Only now: before the seals are known to be there, a size proves nothing.
+    if os.fstat(fd).st_size != size:
+        raise BadGeometry(f"{what}: {os.fstat(fd).st_size} bytes instead of {size}")
+
+
+_SEAL_NAMES = (
+    ("F_SEAL_SHRINK", fcntl.F_SEAL_SHRINK),
+    ("F_SEAL_GROW", fcntl.F_SEAL_GROW),
+    ("F_SEAL_SEAL", fcntl.F_SEAL_SEAL),
+)
+
+
+class Mapping:
+    """A shared mapping of a whole memfd. Owns the mapping, not the fd."""
+
+    def __init__(self, fd: int, size: int, *, writable: bool = True) -> None:
+        protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
+        self.memory = mmap.mmap(fd, size, flags=mmap.MAP_SHARED, prot=protection)
+        self._pointer: tuple[Any, Any] | None = None
+
+    def pointer(self, ffi: Any) -> Any:
+        """The mapping's start as a `uint8_t *` of this cffi `ffi`; good until `close`."""
+        if self._pointer is None:
+            array = ffi.from_buffer("uint8_t[]", self.memory)
+            self._pointer = (ffi, array)
+        return self._pointer[0].cast("uint8_t *", self._pointer[1])
+
+    def close(self) -> None:
+        """Unmaps. Every pointer got from here is dead afterwards. Raises BufferError while a memoryview of `memory`
+        lives."""
+        if self._pointer is not None:
+            ffi, array = self._pointer
+            self._pointer = None
+            ffi.release(array)
+        self.memory.close()
+
+
+def place_rings(ffi: Any, base: Any, geometry: Geometry, target: Any) -> None:
+    """Fills the four `struct nb_ring_place` members of `target` (an nb_pump_config or an nb_client) for a rings region
+    mapped at the `uint8_t *` `base`."""
+    for name, ring in zip(RING_NAMES, geometry.rings, strict=True):
+        place = getattr(target, name)
+        place.header = ffi.cast("struct nb_ring_header *", base + ring.offset)
+        place.slots = ring.slots

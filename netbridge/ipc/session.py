@@ -1,0 +1,107 @@
+"""One session's shared memory and doorbells, as the driver's end owns them.
+
+A session is made before a client comes, offered to exactly one, and never to a second: whoever saw WELCOME may have
+kept a mapping.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import ExitStack
+
+from netbridge.ipc.geometry import (
+    DEFAULT_CONTINUATION_OFFSET,
+    DEFAULT_HEADROOM,
+    Geometry,
+    RegionGeometry,
+    plan_geometry,
+)
+from netbridge.ipc.regions import Mapping, place_rings, sealed_memfd, verify_sealed
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, Protocol
+else:
+    Protocol = object
+
+LAST_SESSION = 0xFFFF
+
+
+class SharedMemory(Protocol):
+    """What is needed of a region's memory (a `vfio.Memory.memfd` has it)."""
+
+    @property
+    def fd(self) -> int: ...
+
+    @property
+    def size(self) -> int: ...
+
+
+def next_session(number: int) -> int:
+    """The session number that follows: 1 to 65535, then 1 again (0 is no session)."""
+    return number % LAST_SESSION + 1
+
+
+class PortSession:
+    """Owns the rings region (mapped here) and the two doorbells. The RX and TX memory stays the caller's: it must
+    outlive the session's offer to a client, and be replaced before the next session. Close this after the pump is
+    gone."""
+
+    def __init__(
+        self,
+        number: int,
+        rx: SharedMemory,
+        tx: SharedMemory,
+        *,
+        rx_count: int,
+        tx_count: int,
+        stride: int,
+        headroom: int = DEFAULT_HEADROOM,
+        continuation_offset: int = DEFAULT_CONTINUATION_OFFSET,
+        rx_limit: int | None = None,
+        rx_read_only: bool = False,
+    ) -> None:
+        """`rx_limit` as for `plan_geometry`. `rx_read_only`: the caller has sealed the RX memory against new writable
+        mappings (F_SEAL_FUTURE_WRITE), and the client is told. Raises BadGeometry when the numbers or the memory's
+        seals do not hold, OSError when the system gives no more."""
+        if not 1 <= number <= LAST_SESSION:
+            raise ValueError(f"session number {number} is not between 1 and {LAST_SESSION}")
+        self.number = number
+        self.geometry: Geometry = plan_geometry(
+            RegionGeometry(rx.size, rx_count, stride, rx_read_only),
+            RegionGeometry(tx.size, tx_count, stride),
+            headroom=headroom,
+            continuation_offset=continuation_offset,
+            rx_limit=rx_limit,
+        )
+        verify_sealed(rx.fd, rx.size, "rx region")
+        verify_sealed(tx.fd, tx.size, "tx region")
+        self._rx, self._tx = rx, tx
+        with ExitStack() as stack:
+            self._rings_fd = sealed_memfd("netbridge-rings", self.geometry.rings_size)
+            stack.callback(os.close, self._rings_fd)
+            self.rings = Mapping(self._rings_fd, self.geometry.rings_size)
+            stack.callback(self.rings.close)
+            self.client_doorbell_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+            stack.callback(os.close, self.client_doorbell_fd)
+            self.driver_doorbell_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+            stack.callback(os.close, self.driver_doorbell_fd)
+            self._stack = stack.pop_all()
+
+    def fds(self) -> tuple[int, ...]:
+        """What WELCOME carries, in the order of `messages.FD_NAMES`."""
+        return (self._rings_fd, self._rx.fd, self._tx.fd, self.client_doorbell_fd, self.driver_doorbell_fd)
+
+    def place_rings(self, ffi: Any, config: Any) -> None:
+        """Fills rx_active, rx_free, tx_active and tx_done of an nb_pump_config; good until `close`."""
+        place_rings(ffi, self.rings.pointer(ffi), self.geometry, config)
+
+    def close(self) -> None:
+        """Closes and unmaps what is owned. More than once does no harm."""
+        self._stack.close()
+
+    def __enter__(self) -> PortSession:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -118,7 +118,7 @@ class Device:
 
     @property
     def regions(self) -> tuple[RegionInfo, ...]:
-        """All regions, those of size 0 too, so that `regions[i].number == i`."""
+        """All regions, those of size 0 too, so that `regions[i].index == i`."""
         return tuple(self.region_info(index) for index in range(self.num_regions))
 
     def bar(self, index: int) -> Bar:
@@ -133,7 +133,7 @@ class Device:
             raise Unsupported(
                 f"BAR {index} is not implemented" if index < 6 else f"region {index} is not there",
                 device=self.address,
-                cause="it has " + (", ".join(str(r.number) for r in self.regions[:6] if r.size) or "none"),
+                cause="it has " + (", ".join(str(r.index) for r in self.regions[:6] if r.size) or "none"),
             )
         if index < 6:
             is_io = self.config.read32(_abi.PCI_BASE_ADDRESS_0 + 4 * index) & 1

@@ -33,16 +33,17 @@ _NAMES = {INTX: "INTx", MSI: "MSI", MSIX: "MSI-X", ERROR: "error", REQUEST: "dev
 class IrqInfo(NamedTuple):
     """What the kernel says of a kind of interrupt.
 
-    - `kind`: `INTX`, `MSI`, `MSIX`, `ERROR` or `REQUEST`
-    - `vectors`: how many vectors the device has of it, 0 for none
+    - `index`: `INTX`, `MSI`, `MSIX`, `ERROR` or `REQUEST`
+    - `count`: how many vectors the device has of it, 0 for none
     - `eventfd`: whether it can arrive on eventfds
     - `maskable`: whether `mask` and `unmask` work
     - `automasked`: whether it is masked whenever it fires, until it is unmasked (INTx)
     - `noresize`: whether the number of vectors is fixed while it is enabled
     """
 
-    kind: int
-    vectors: int
+    # Named as in the header; tuple.index and tuple.count, which nobody needs here, give way.
+    index: int  # type: ignore[assignment]
+    count: int  # type: ignore[assignment]
     eventfd: bool
     maskable: bool
     automasked: bool
@@ -186,9 +187,9 @@ class Irqs:
 
     def _need(self, index: int, count: int) -> IrqInfo:
         info = self.info(index)
-        if info.vectors < count or not count:
+        if info.count < count or not count:
             raise Unsupported(
-                f"{count} {_NAMES[index]} vectors asked for, the device has {info.vectors}",
+                f"{count} {_NAMES[index]} vectors asked for, the device has {info.count}",
                 device=self._device,
             )
         return info

@@ -34,7 +34,7 @@ class Area(NamedTuple):
 class RegionInfo(NamedTuple):
     """What the kernel says of a region.
 
-    - `number`: 0-5 are the BARs, 6 the expansion ROM, 7 configuration space, 8 legacy VGA, 9 and up device specific
+    - `index`: 0-5 are the BARs, 6 the expansion ROM, 7 configuration space, 8 legacy VGA, 9 and up device specific
     - `size`: bytes, 0 for one that is not implemented
     - `offset`: where it starts in the device's file
     - `readable`, `writable`, `mappable`: what the file allows
@@ -43,7 +43,8 @@ class RegionInfo(NamedTuple):
     - `type`: (type, subtype) of a device-specific region, or None
     """
 
-    number: int
+    # Named as in the header; tuple.index, which nobody needs here, gives way.
+    index: int  # type: ignore[assignment]
     size: int
     offset: int
     readable: bool
@@ -95,7 +96,7 @@ def mappable_areas(info: RegionInfo, msix_table: Area | None, page: int = mmap.P
         end = 0
         for area in areas:
             if area.offset < end or area.offset % page or area.end > info.size:
-                raise Malformed(f"the mappable areas of region {info.number} make no sense: {areas}")
+                raise Malformed(f"the mappable areas of region {info.index} make no sense: {areas}")
             end = area.end
         return areas
     if msix_table is None or info.msix_mappable:
@@ -159,7 +160,7 @@ class Bar:
         except OSError as error:
             self.close()
             raise VfioError(
-                f"cannot map region {info.number}",
+                f"cannot map region {info.index}",
                 device=device,
                 errno=error.errno,
                 cause="another driver of the host has claimed it" if error.errno == errno.EBUSY else None,
@@ -206,7 +207,7 @@ class Bar:
             if window.start <= offset and offset + length <= window.end and length > 0:
                 return window.address + offset - window.start
         raise Unsupported(
-            f"bytes {offset:#x} to {offset + length:#x} of region {self.info.number} cannot be mapped",
+            f"bytes {offset:#x} to {offset + length:#x} of region {self.info.index} cannot be mapped",
             device=self._device,
             cause=f"it has {self.size:#x} bytes, of which mapped are "
             + (", ".join(f"{a.offset:#x}-{a.end - 1:#x}" for a in self.areas) or "none"),
@@ -224,12 +225,12 @@ class Bar:
         table = self._table
         if table is not None and offset < table.end and table.offset < offset + width:
             raise VfioError(
-                f"{offset:#x} of region {self.info.number} is in the MSI-X table, which the kernel keeps",
+                f"{offset:#x} of region {self.info.index} is in the MSI-X table, which the kernel keeps",
                 device=self._device,
                 fix="use Device.irqs.enable_msix",
             )
         if not self.info.writable:
-            raise VfioError(f"region {self.info.number} cannot be written", device=self._device)
+            raise VfioError(f"region {self.info.index} cannot be written", device=self._device)
         if not 0 <= value < 1 << (8 * width):
             raise VfioError(f"{value:#x} does not fit into {8 * width} bits", device=self._device)
         for window in self._windows:
@@ -242,16 +243,16 @@ class Bar:
 
     def _check(self, offset: int, width: int) -> None:
         if self._closed:
-            raise VfioError(f"region {self.info.number} is closed", device=self._device)
+            raise VfioError(f"region {self.info.index} is closed", device=self._device)
         if offset < 0 or offset + width > self.size or offset % width:
             raise VfioError(
-                f"there is no {8 * width}-bit register at {offset:#x} of region {self.info.number}",
+                f"there is no {8 * width}-bit register at {offset:#x} of region {self.info.index}",
                 device=self._device,
                 cause=f"it has {self.size:#x} bytes, and registers are aligned to their width",
             )
 
     def _file(self, offset: int, width: int, access: Callable[[int], bytes]) -> bytes:
-        doing = f"cannot access {offset:#x} of region {self.info.number}"
+        doing = f"cannot access {offset:#x} of region {self.info.index}"
         try:
             data = access(self.info.offset + offset)
         except OSError as error:
@@ -280,4 +281,4 @@ class Bar:
         self.close()
 
     def __repr__(self) -> str:
-        return f"<Bar {self.info.number} {self.size:#x} bytes{' closed' if self._closed else ''}>"
+        return f"<Bar {self.info.index} {self.size:#x} bytes{' closed' if self._closed else ''}>"

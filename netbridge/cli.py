@@ -22,8 +22,8 @@ RUN_DIRECTORY = "/run/netbridge"
 SERVICE_USER = "aethernet"
 
 _DESCRIPTION = (
-    "A user-space driver for virtio-net: claims a PCI function through Linux VFIO and hands every frame, without \
-a copy, to the network stack in another process."
+    "A user-space driver for virtio-net: claims a PCI function through Linux VFIO and hands every frame, without a copy, "
+    "to the network stack in another process."
 )
 _EXIT_CODES = """\
 exit codes:
@@ -78,13 +78,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-# ---- run --------------------------------------------------------------------------------------------------------------
+# ---- run ------------------------------------------------------------------------------------------------------------
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Claims the PCI function that the manifest names and serves its port until SIGTERM, Ctrl-C or an \
-unplug; then resets the device and gives it back to the driver it had. Needs root."
+        "Claims the PCI function that the manifest names and serves its port until SIGTERM, Ctrl-C or an unplug; then "
+        "resets the device and gives it back to the driver it had. Needs root."
     )
     parser.add_argument("manifest", help="a vnode.yml, or the name of one that comes with the package (net-bridge)")
     parser.add_argument("--pci", metavar="ADDRESS", help="refuse to start unless the manifest names this function")
@@ -96,10 +96,13 @@ unplug; then resets the device and gives it back to the driver it had. Needs roo
         help=f"user name or uid that may connect; may be repeated (default: {SERVICE_USER}, if there is such a user)",
     )
     parser.add_argument("--counters", metavar="PATH", help="the counters page (default: beside the socket)")
-    parser.add_argument(
-        "--rx-buffers", metavar="N", type=_buffers, help="receive buffers of 2 KiB (default: %(default)s)"
-    )
-    parser.add_argument("--tx-buffers", metavar="N", type=_buffers, help="send buffers of 2 KiB (default: %(default)s)")
+    for direction, what in (("rx", "receive"), ("tx", "send")):
+        parser.add_argument(
+            f"--{direction}-buffers",
+            metavar="N",
+            type=_buffers,
+            help=f"{what} buffers of 2 KiB (default: %(default)s)",
+        )
     parser.add_argument(
         "--spin-us",
         metavar="µs",
@@ -184,7 +187,7 @@ def _microseconds(text: str) -> int:
     return int(text)
 
 
-# ---- check, stats, restore --------------------------------------------------------------------------------------------
+# ---- check, stats, restore ------------------------------------------------------------------------------------------
 
 
 def _add_check(parser: argparse.ArgumentParser) -> None:
@@ -222,8 +225,9 @@ def _stats(options: argparse.Namespace) -> int:
 
 
 def _add_restore(parser: argparse.ArgumentParser) -> None:
-    parser.description = "Gives PCI functions that a killed driver left bound to vfio-pci back to the driver they had. \
-Needs root."
+    parser.description = (
+        "Gives PCI functions that a killed driver left bound to vfio-pci back to the driver they had. Needs root."
+    )
     parser.add_argument("address", nargs="*", help="the functions; all that were left behind when none is named")
     parser.set_defaults(verb=_restore)
 

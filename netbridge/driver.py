@@ -24,8 +24,8 @@ from netbridge.metrics import CounterPage
 from netbridge.virtio import features
 from netbridge.virtio.dma import VfioDma
 from netbridge.virtio.net import RX_VECTOR, InterruptMode, NetDevice
-from netbridge.virtio.pci import VirtioPci
-from netbridge.vnode.capabilities import DMA, IRQ, MIB, NETWORK, PCI, SHARE, Capabilities, Msix
+from netbridge.virtio.pci import VirtioPci, require_virtio_net
+from netbridge.vnode.capabilities import IRQ, MIB, NETWORK, PCI, SHARE, Capabilities, Msix
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -78,6 +78,9 @@ def run(manifest: Manifest, options: Options, log: Log) -> tuple[Stop, int, dict
         # Before the device is touched: a socket that is taken should cost nobody a reset.
         server = stack.enter_context(PortServer(options.socket_path, options.service_uids, Facts(bytes(6))))
         began = time.monotonic()
+        function = vfio.PciFunction(address)
+        # Before it is taken from its driver: this could be the disk that the system runs from.
+        require_virtio_net(str(address), function.vendor_id, function.device_id, function.class_code)
         stack.enter_context(vfio.bind(address))
         device = stack.enter_context(vfio.open_device(address, interface=options.interface))
         mode = _check_irq(granted, device)
@@ -106,7 +109,7 @@ def run(manifest: Manifest, options: Options, log: Log) -> tuple[Stop, int, dict
         return why, stopping.received, counters.snapshot()
 
 
-# ---- What the manifest allows -----------------------------------------------------------------------------------------
+# ---- What the manifest allows ---------------------------------------------------------------------------------------
 
 
 def _check_grants(granted: Capabilities, options: Options) -> vfio.PciAddress:
@@ -132,7 +135,7 @@ def _check_irq(granted: Capabilities, device: vfio.Device) -> InterruptMode:
     return InterruptMode.INTX
 
 
-# ---- Signals, unplug, and how long an interrupt takes -----------------------------------------------------------------
+# ---- Signals, unplug, and how long an interrupt takes ---------------------------------------------------------------
 
 
 class _Stopping:

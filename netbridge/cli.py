@@ -22,8 +22,8 @@ RUN_DIRECTORY = "/run/netbridge"
 SERVICE_USER = "aethernet"
 
 _DESCRIPTION = (
-    "A user-space driver for virtio-net: claims a PCI function through Linux VFIO and hands every frame, without a copy, "
-    "to the network stack in another process."
+    "A user-space driver for virtio-net: claims a PCI function through Linux VFIO and hands every frame, without a "
+    "copy, to the network stack in another process."
 )
 _EXIT_CODES = """\
 exit codes:

@@ -73,10 +73,10 @@ def run(manifest: Manifest, options: Options, log: Log) -> tuple[Stop, int, dict
     wanted = features.select(options.without_features)
     with ExitStack() as stack:
         stopping = stack.enter_context(_stop_signals())
-        counters = CounterPage(options.counters_path)
-        stack.callback(counters.close)
         # Before the device is touched: a socket that is taken should cost nobody a reset.
         server = stack.enter_context(PortServer(options.socket_path, options.service_uids, Facts(bytes(6))))
+        counters = CounterPage(options.counters_path)
+        stack.callback(counters.close)
         began = time.monotonic()
         function = vfio.PciFunction(address)
         # Before it is taken from its driver: this could be the disk that the system runs from.

@@ -16,28 +16,27 @@ class Metric:
     tells: str
 
 
+# The counters that the core keeps (struct nb_counters), in their order.
 METRICS: tuple[Metric, ...] = (
     Metric("packets_rx", "counter", "frames", "frames received from the device and handed to the service"),
     Metric("packets_tx", "counter", "frames", "frames taken from the service that the device has sent"),
-    Metric("bytes_rx", "counter", "bytes", "bytes of those received frames, without the virtio header"),
-    Metric("bytes_tx", "counter", "bytes", "bytes of those sent frames, without the virtio header"),
+    Metric("bytes_rx", "counter", "bytes", "bytes of the received frames, without the virtio header"),
+    Metric("bytes_tx", "counter", "bytes", "bytes of the sent frames, without the virtio header"),
     Metric("drops", "counter", "frames", "frames dropped, by reason"),
-    Metric("refused_handles", "counter", "handles", "DMA handles a client gave that were refused, by reason"),
-    Metric(
-        "refused_completions", "counter", "entries", "used-ring entries the device wrote that were refused, by reason"
-    ),
-    Metric("irq_latency_ns", "histogram", "nanoseconds", "interrupt latency, by stage"),
-    Metric("interrupts", "counter", "interrupts", "interrupts taken from the device"),
-    Metric("wakeups_sent", "counter", "wake-ups", "doorbells rung, by direction"),
-    Metric(
-        "wakeups_suppressed", "counter", "wake-ups", "doorbells saved because the other side was awake, by direction"
-    ),
-    Metric("batch_size", "histogram", "frames", "frames moved in one turn of the pump, by direction"),
-    Metric("buffers", "gauge", "buffers", "buffers of the pool, by owner"),
-    Metric("resets", "counter", "resets", "device resets, by cause"),
+    Metric("refused_handles", "counter", "handles", "DMA handles of a client that were refused, by reason"),
+    Metric("device_faults", "counter", "faults", "things the device did that no device may do, by kind"),
     Metric("sessions", "counter", "sessions", "client sessions begun"),
-    Metric("iommu_faults", "counter", "faults", "DMA faults the IOMMU reported for the function"),
-    Metric("link_up", "gauge", "boolean", "1 while the device reports its link up"),
+    Metric("resets", "counter", "resets", "device resets"),
+    Metric("link_changes", "counter", "changes", "times the device's link went up or down"),
+    Metric("interrupts", "counter", "interrupts", "interrupts taken from the device"),
+    Metric("wakeups_sent", "counter", "wake-ups", "doorbells rung for the client"),
+    Metric("wakeups_suppressed", "counter", "wake-ups", "doorbells saved because the client was awake"),
+    Metric("notifications_sent", "counter", "notifications", "doorbells rung for the device"),
+    Metric("notifications_suppressed", "counter", "notifications", "doorbells saved because the device asked for none"),
+    Metric("sleeps", "counter", "sleeps", "times the pump ran out of work and waited"),
+    Metric("rx_bursts", "histogram", "frames", "frames received in one go"),
+    Metric("tx_bursts", "histogram", "frames", "frames sent in one go"),
+    Metric("irq_latency_ns", "histogram", "nanoseconds", "interrupt latency, by stage"),
 )
 
 METRIC_NAMES: tuple[str, ...] = tuple(metric.name for metric in METRICS)

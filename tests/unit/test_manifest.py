@@ -24,7 +24,7 @@ from netbridge.vnode import capabilities as names
 from netbridge.vnode import check, document, json_schema, loading
 from netbridge.vnode.capabilities import KINDS, MIB, Capabilities, Intx, Msix
 from netbridge.vnode.manifest import Manifest, Mount
-from netbridge.vnode.metric_names import METRICS
+from netbridge.vnode.metric_names import METRIC_NAMES, METRICS
 from netbridge.vnode.schema import MANIFEST, Section
 from netbridge.vnode.wording import MOST, Problem, nearest, show
 from vfio.pci import PciAddress
@@ -628,6 +628,16 @@ def test_show_is_safe_to_print() -> None:
     assert show('a"b\\c\n\x1b\u202e\ud800é') == '"a\\"b\\\\c\\n\\x1b\\u202e\\ud800é"'
     assert show("x" * 60) == '"' + "x" * 60 + '"'
     assert show("x" * 61) == '"' + "x" * 57 + '..."'
+
+
+# Metrics
+
+
+def test_every_metric_that_can_be_named_is_counted_and_every_counter_can_be_named() -> None:
+    header = (REPOSITORY / "netbridge/datapath/core/api.h").read_text()
+    (body,) = re.findall(r"^struct nb_counters \{(.*?)^\};", header, re.DOTALL | re.MULTILINE)
+    counted = re.findall(r"^ *(?:uint64_t|struct nb_histogram) (\w+)", body, re.MULTILINE)
+    assert list(METRIC_NAMES) == [name for name in counted if name not in ("magic", "size")]
 
 
 # What the driver process has in memory

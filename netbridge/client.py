@@ -1,0 +1,481 @@
+"""The client's end of the port, for network stacks in Python: frames are memoryviews straight into DMA memory.
+
+    with connect(name="my-stack") as client:
+        for frame in client.receive():
+            with frame:
+                print(bytes(frame.data[:14]).hex())
+        client.send_bytes(b"...")
+
+A received frame is this process's until it is released; a buffer to send is, until it is sent. Using either afterwards
+raises. There are few of them, so give frames back soon: the driver drops what comes while a client holds its limit.
+
+A `Client` is for one thread. With asyncio use `receive_async` and `async for`; with another event loop, `arm` and
+`fileno`. When the driver ends the session every call raises `PortClosed`; `connect` again for a new one (its `wait`
+says how long to try), with new memory: nothing of the old session is of use then.
+
+The port itself is described in docs/port.md.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import time
+import warnings
+from contextlib import ExitStack
+
+from netbridge.datapath._core import ffi, lib
+from netbridge.ipc.control import ControlSocket
+from netbridge.ipc.errors import BadGeometry, BadMessage, PortClosed, PortError, PortUnavailable, Reason
+from netbridge.ipc.frames import Buffer, Frame
+from netbridge.ipc.messages import DEFAULT_SOCKET, Bye, Facts, Hello, Link, Ready, Welcome
+from netbridge.ipc.regions import Mapping, place_rings, verify_sealed
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterable
+    from typing import Any
+
+__all__ = ["Buffer", "Client", "Frame", "PortClosed", "PortError", "PortUnavailable", "Reason", "connect"]
+
+LEAST_FRAME = 14
+_BURST = 64
+_INDEX_MASK = 0xFFFFFF
+_FIRST_RETRY_SECONDS, _LAST_RETRY_SECONDS = 0.01, 0.25
+
+
+def connect(
+    path: str | os.PathLike[str] = DEFAULT_SOCKET, *, name: str = "client", timeout: float = 5.0, wait: float = 0.0
+) -> Client:
+    """Connects to the driver that listens at `path` and takes the port over.
+
+    `name`: what the driver's log and counters call this client; 1 to 32 letters, digits, '.', '_' or '-'. `timeout`:
+    seconds for the handshake. `wait`: seconds to keep trying while no driver listens, or while it is busy.
+
+    Raises PortUnavailable when nobody listens, PortClosed with the driver's reason when it says no, BadGeometry when
+    what it offers does not hold together, PortError for everything else.
+    """
+    give_up = time.monotonic() + wait
+    pause = _FIRST_RETRY_SECONDS
+    while True:
+        try:
+            return _connect_once(os.fspath(path), name, timeout)
+        except PortError as error:
+            may_pass = isinstance(error, PortUnavailable) or (isinstance(error, PortClosed) and error.reason.may_pass)
+            left = give_up - time.monotonic()
+            if not may_pass or left <= 0:
+                raise
+        # There is nothing to wait for: no file descriptor becomes readable when somebody starts to listen at a path.
+        time.sleep(min(pause, left))
+        pause = min(pause * 1.5, _LAST_RETRY_SECONDS)
+
+
+def _connect_once(path: str, name: str, timeout: float) -> Client:
+    deadline = time.monotonic() + timeout
+    hello = Hello(name).pack()
+    with ExitStack() as stack:
+        control = ControlSocket(path, timeout)
+        stack.callback(control.close)
+        control.send(hello)
+        welcome, fds = control.await_welcome(deadline)
+        with ExitStack() as received:
+            for fd in fds:
+                received.callback(os.close, fd)
+            try:
+                client = Client(control, welcome, fds)
+            except BadGeometry as error:
+                control.send(Bye(Reason.GEOMETRY, str(error)).pack())
+                raise BadGeometry(f"the driver's offer does not hold together: {error}") from None
+            received.pop_all()
+        stack.pop_all()
+    try:
+        control.send(Ready().pack())
+        client.check()
+    except BaseException:
+        client.close()
+        raise
+    return client
+
+
+class Client:
+    """One session with the driver; made by `connect`. Close it, or use it in a `with`.
+
+    `session`: its number. `mac` (6 bytes), `mtu`, `link_up` and `speed_mbps` (0: not known) are kept up to date by
+    every call that looks at the control socket: `check`, and all that wait. `room`: the longest frame that can be sent.
+    `rx_limit`: how many RX buffers this client may hold before frames are dropped.
+    """
+
+    def __init__(self, control: ControlSocket, welcome: Welcome, fds: list[int]) -> None:
+        """Checks and maps; takes over `control` and `fds` unless it raises (BadGeometry, PortError)."""
+        geometry = welcome.geometry
+        rings_fd, rx_fd, tx_fd, client_doorbell_fd, driver_doorbell_fd = fds
+        geometry.check()
+        sizes = (geometry.rings_size, geometry.rx.size, geometry.tx.size)
+        for fd, size, what in zip((rings_fd, rx_fd, tx_fd), sizes, ("rings", "rx", "tx"), strict=True):
+            verify_sealed(fd, size, f"{what} region")
+        self.session = welcome.session
+        self.room = geometry.tx.stride - geometry.headroom
+        self.rx_limit = geometry.rx_limit
+        self._set_facts(welcome.facts)
+        self._control = control
+        self._closed: PortError | None = None
+        self._frames: dict[int, Frame] = {}
+        self._buffers: dict[int, Buffer] = {}
+        self._unsent: list[tuple[int, Any, int]] = []
+        # Pieces of a frame whose end has not come yet, and the indices of all RX buffers that are here.
+        self._partial: list[tuple[int, Any, int]] = []
+        self._rx_here: set[int] = set()
+        self._pieces = ffi.new("struct nb_piece[]", _BURST)
+        with ExitStack() as stack:
+            self._poller = stack.enter_context(select.epoll())
+            self._poller.register(control.fileno(), select.EPOLLIN)
+            try:
+                self._poller.register(driver_doorbell_fd, select.EPOLLIN)
+            except OSError as error:
+                raise BadGeometry(f"driver doorbell: cannot be waited for ({error.strerror})") from None
+            for fd, what in ((client_doorbell_fd, "client doorbell"), (driver_doorbell_fd, "driver doorbell")):
+                if os.get_blocking(fd):
+                    raise BadGeometry(f"{what}: not opened with O_NONBLOCK")
+            mappings = []
+            for fd, size, writable in (
+                (rings_fd, geometry.rings_size, True),
+                (rx_fd, geometry.rx.size, not geometry.rx.read_only),
+                (tx_fd, geometry.tx.size, True),
+            ):
+                try:
+                    mapping = Mapping(fd, size, writable=writable)
+                except OSError as error:
+                    raise PortError(f"cannot map {size} bytes of the driver's memory: {error.strerror}") from None
+                stack.callback(mapping.close)
+                mappings.append(mapping)
+            rings, rx, tx = (mapping.pointer(ffi) for mapping in mappings)
+            self._native = native = ffi.new("struct nb_client *")
+            place_rings(ffi, rings, geometry, native)
+            native.rx_base, native.tx_base = rx, tx
+            native.rx_count, native.tx_count = geometry.rx.buffers, geometry.tx.buffers
+            native.rx_stride, native.tx_stride = geometry.rx.stride, geometry.tx.stride
+            native.headroom, native.continuation_offset = geometry.headroom, geometry.continuation_offset
+            native.client_doorbell_fd, native.driver_doorbell_fd = client_doorbell_fd, driver_doorbell_fd
+            if lib.nb_client_init(native) != 0:
+                raise BadGeometry("refused by the data path")
+            stack.pop_all()
+        self._mappings: list[Mapping] | None = mappings
+        self._doorbell_fd = driver_doorbell_fd
+        self._fds = list(fds)
+
+    # ---- What there is to know
+
+    @property
+    def native(self) -> Any:
+        """The `struct nb_client *` for loops in C (netbridge/datapath/core/api.h); good until `close`. While C has it,
+        leave `receive`, `allocate` and what came from them alone."""
+        return self._native
+
+    @property
+    def control_fd(self) -> int:
+        """Readable when the driver has something to say: then call `check`."""
+        return self._control.fileno()
+
+    @property
+    def closed(self) -> bool:
+        return self._closed is not None
+
+    def check(self) -> None:
+        """Reads what the driver has said, without waiting: brings the facts up to date. Raises PortClosed when the
+        session is over."""
+        self._must_be_open()
+        try:
+            while (message := self._control.receive()) is not None:
+                if isinstance(message, Link):
+                    self._set_facts(message.facts)
+                elif isinstance(message, Bye):
+                    raise PortClosed(message.reason, message.text)
+                else:
+                    raise BadMessage(f"{type(message).__name__.upper()} in a running session", Reason.UNEXPECTED)
+        except PortClosed as error:
+            self._closed = error
+            raise
+        except BadMessage as error:
+            raise self._broken(f"on the control socket: {error}", error.reason) from None
+
+    # ---- Receiving
+
+    def receive(self, most: int = _BURST, timeout: float | None = None) -> list[Frame]:
+        """Up to about `most` frames, in order; waits for the first of them at most `timeout` seconds (None: as long as
+        it takes, 0: not at all). Empty when none came. Raises PortClosed when the session is over, PortError when every
+        RX buffer this client may hold is held already, so that none can come."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while True:
+            frames = self._receive_now(most)
+            if frames or not self._wait(lib.NB_WAIT_RECEIVE, deadline):
+                return frames
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Waits until a frame is there to `receive`, at most `timeout` seconds; whether there is one."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        self._must_be_open()
+        while not self._frames_wait():
+            if not self._wait(lib.NB_WAIT_RECEIVE, deadline):
+                return self._frames_wait()
+        return True
+
+    def release(self, frames: Iterable[Frame]) -> None:
+        """Gives frames back; those already given back are passed over. Raises BufferError, and gives back none, while
+        something cut from one of them is still alive, and ValueError for another session's frame."""
+        frames = [frame for frame in dict.fromkeys(frames) if frame._client is not None]
+        for frame in frames:
+            if frame._client is not self:
+                raise ValueError("this frame belongs to another session")
+            frame._invalidate()
+        pieces = [piece for frame in frames for piece in frame._pieces]
+        for frame in frames:
+            del self._frames[frame._pieces[0][0]]
+            frame._client = None
+        for start in range(0, len(pieces), _BURST):
+            chunk = pieces[start : start + _BURST]
+            for i, (handle, _, _) in enumerate(chunk):
+                self._pieces[i].dma_handle = handle
+                self._rx_here.discard(handle & _INDEX_MASK)
+            lib.nb_client_release(self._native, self._pieces, len(chunk))
+        if pieces:
+            lib.nb_client_flush(self._native)
+
+    # ---- Sending
+
+    def allocate(self, most: int = 1, timeout: float | None = None) -> list[Buffer]:
+        """Up to `most` buffers to write frames into; waits for the first of them at most `timeout` seconds. Empty when
+        there was none. Raises PortClosed when the session is over."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while True:
+            buffers = self._allocate_now(most)
+            if buffers or not self._wait(lib.NB_WAIT_ALLOCATE, deadline):
+                return buffers
+
+    def send(self, *buffers: Buffer) -> None:
+        """Sends each buffer's first `length` bytes as a frame; never waits. The buffers are the driver's afterwards.
+        Raises ValueError for a length that is no frame's, BufferError while something cut from a buffer's `data` is
+        alive; then none is sent."""
+        self._must_be_open()
+        for buffer in buffers:
+            if buffer._client is not self:
+                raise ValueError("this buffer was sent or released, or belongs to another session")
+            if not LEAST_FRAME <= buffer.length <= buffer.room:
+                raise ValueError(f"length {buffer.length} is not between {LEAST_FRAME} and {buffer.room}")
+        if len(set(buffers)) != len(buffers):
+            raise ValueError("the same buffer twice")
+        for buffer in buffers:
+            buffer._invalidate()
+        for start in range(0, len(buffers), _BURST):
+            chunk = buffers[start : start + _BURST]
+            for i, buffer in enumerate(chunk):
+                handle = buffer._piece[0]
+                self._pieces[i].dma_handle = handle
+                self._pieces[i].len = buffer.length
+                self._pieces[i].flags = 0
+                del self._buffers[handle & _INDEX_MASK]
+                buffer._client = None
+            lib.nb_client_send(self._native, self._pieces, len(chunk))
+        if buffers:
+            lib.nb_client_flush(self._native)
+
+    def send_bytes(self, frame: bytes | bytearray | memoryview, timeout: float | None = None) -> None:
+        """Copies a frame into a buffer and sends it. Raises ValueError when it is too short or too long, TimeoutError
+        when no buffer came free in `timeout` seconds."""
+        if not LEAST_FRAME <= len(frame) <= self.room:
+            raise ValueError(f"a frame of {len(frame)} bytes: wanted {LEAST_FRAME} to {self.room}")
+        buffers = self.allocate(1, timeout)
+        if not buffers:
+            raise TimeoutError(f"no TX buffer came free in {timeout} s")
+        self.send(buffers[0].write(frame))
+
+    # ---- Event loops
+
+    def fileno(self) -> int:
+        """Readable when a frame has come after `arm`, or when the driver has something to say. After it became readable
+        call `receive(timeout=0)`, then `arm` again."""
+        return self._poller.fileno()
+
+    def arm(self) -> bool:
+        """Asks the driver to ring when a frame comes. False: there are frames already, or something was said on the
+        control socket; look at those first, no bell will ring for them. Raises PortClosed."""
+        self.check()
+        self._must_have_room()
+        try:
+            os.read(self._doorbell_fd, 8)
+        except BlockingIOError:
+            pass
+        self._native.rx_active.header.wake = 1
+        # It has the full fence that must stand between asking and looking; that it may ring the driver does no harm.
+        lib.nb_client_flush(self._native)
+        return not self._frames_wait()
+
+    async def receive_async(self, most: int = _BURST) -> list[Frame]:
+        """Like `receive` without a timeout, for asyncio."""
+        import asyncio
+
+        loop = asyncio.get_running_loop()
+        while True:
+            frames = self._receive_now(most)
+            if frames:
+                return frames
+            if not self.arm():
+                continue
+            readable = loop.create_future()
+            loop.add_reader(self.fileno(), _wake_once, readable)
+            try:
+                await readable
+            finally:
+                loop.remove_reader(self.fileno())
+
+    async def __aiter__(self) -> AsyncIterator[Frame]:
+        """Frames one by one, until PortClosed ends the loop. Each is released when the next one is asked for."""
+        while True:
+            for frame in await self.receive_async():
+                with frame:
+                    yield frame
+
+    # ---- The end
+
+    def close(self) -> None:
+        """Says BYE, gives everything back and unmaps it. Frames and buffers that are still held become unusable. More
+        than once does no harm."""
+        if self._mappings is None:
+            return
+        mappings, self._mappings = self._mappings, None
+        if self._closed is None:
+            self._control.send(Bye(Reason.SHUTDOWN).pack())
+            self._closed = PortError("this client was closed")
+        survivors = 0
+        every: list[Frame | Buffer] = [*self._frames.values(), *self._buffers.values()]
+        for held in every:
+            try:
+                held._invalidate()
+            except BufferError:
+                survivors += 1
+            held._client = None
+        self._frames.clear()
+        self._buffers.clear()
+        self._poller.close()
+        self._control.close()
+        for fd in self._fds:
+            os.close(fd)
+        if survivors:
+            # Unmapping now would turn the next look at one of them into a crash.
+            _KEPT_MAPPED.extend(mappings)
+            warnings.warn(
+                f"{survivors} frames of session {self.session} are still in use; their memory stays mapped",
+                ResourceWarning,
+                stacklevel=2,
+            )
+        else:
+            for mapping in mappings:
+                mapping.close()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if getattr(self, "_mappings", None) is not None:
+            warnings.warn(f"session {self.session} was never closed", ResourceWarning, stacklevel=2)
+            self.close()
+
+    # ---- Inside
+
+    def _set_facts(self, facts: Facts) -> None:
+        self.mac, self.mtu, self.link_up, self.speed_mbps = facts
+
+    def _frames_wait(self) -> bool:
+        return bool(self._native.rx_active.header.produced != self._native.rx_active_taken)
+
+    def _must_be_open(self) -> None:
+        if self._closed is not None:
+            raise self._closed
+
+    def _must_have_room(self) -> None:
+        if len(self._rx_here) >= self.rx_limit:
+            raise PortError(
+                f"all {self.rx_limit} RX buffers a client may hold are held; release frames before waiting for more"
+            )
+
+    def _broken(self, what: str, reason: Reason = Reason.RING_FAULT) -> PortError:
+        """The driver did what no driver may: says so to it, ends the session, and returns the error to raise."""
+        self._control.send(Bye(reason, what).pack())
+        self._closed = PortError(f"the driver broke the port's protocol: {what}")
+        return self._closed
+
+    def _receive_now(self, most: int) -> list[Frame]:
+        self._must_be_open()
+        count = lib.nb_client_receive(self._native, self._pieces, min(most, _BURST))
+        if count < 0:
+            raise self._broken("an entry in rx_active that may not be")
+        frames = []
+        for i in range(count):
+            piece = self._pieces[i]
+            handle, flags = piece.dma_handle, piece.flags
+            index = handle & _INDEX_MASK
+            if index in self._rx_here:
+                raise self._broken(f"RX buffer {index} came twice")
+            if bool(flags & lib.NB_CONTINUATION) != bool(self._partial):
+                raise self._broken("a frame's pieces are out of order")
+            self._rx_here.add(index)
+            self._partial.append((handle, piece.data, piece.len))
+            if not flags & lib.NB_MORE:
+                frame = Frame(self, self._partial)
+                self._frames[self._partial[0][0]] = frame
+                frames.append(frame)
+                self._partial = []
+        return frames
+
+    def _allocate_now(self, most: int) -> list[Buffer]:
+        self._must_be_open()
+        unsent = [self._unsent.pop() for _ in range(min(most, len(self._unsent)))]
+        count = 0
+        if len(unsent) < most:
+            count = lib.nb_client_allocate(self._native, self._pieces, min(most - len(unsent), _BURST))
+            if count < 0:
+                raise self._broken("an entry in tx_done that may not be")
+        for i in range(count):
+            piece = self._pieces[i]
+            unsent.append((piece.dma_handle, piece.data, piece.len))
+        buffers = []
+        for handle, pointer, room in unsent:
+            if handle & _INDEX_MASK in self._buffers:
+                raise self._broken(f"TX buffer {handle & _INDEX_MASK} came twice")
+            buffer = Buffer(self, (handle, pointer, room))
+            self._buffers[handle & _INDEX_MASK] = buffer
+            buffers.append(buffer)
+        return buffers
+
+    def _take_unsent(self, buffer: Buffer) -> None:
+        buffer._invalidate()
+        buffer._client = None
+        del self._buffers[buffer._piece[0] & _INDEX_MASK]
+        self._unsent.append(buffer._piece)
+
+    def _wait(self, wanted: int, deadline: float | None) -> bool:
+        """Waits for what is wanted; False when the deadline has passed."""
+        self.check()
+        if wanted == lib.NB_WAIT_RECEIVE and deadline is None:
+            self._must_have_room()
+        timeout_ms = -1
+        if deadline is not None:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return False
+            timeout_ms = min(int(left * 1000) + 1, 1 << 30)
+        found = lib.nb_client_wait(self._native, wanted | lib.NB_WAIT_CONTROL, self.control_fd, timeout_ms)
+        if found & lib.NB_WAIT_FAILED:
+            raise PortError(f"cannot wait for the driver: {os.strerror(ffi.errno)}")
+        return True
+
+
+def _wake_once(readable: Any) -> None:
+    if not readable.done():
+        readable.set_result(None)
+
+
+# Mappings that something still looks into after its client was closed.
+_KEPT_MAPPED: list[Mapping] = []

@@ -1,0 +1,135 @@
+"""What a client holds: received frames and buffers to send, each with an end that cannot be overlooked.
+
+A buffer that was given back shows another frame soon after. So a view of it is ended when its owner ends, and a view
+that was cut from that one, which Python cannot end, keeps the buffer from being given back.
+"""
+
+from __future__ import annotations
+
+import weakref
+
+from netbridge.datapath._core import ffi
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from netbridge.client import Client
+
+
+class Frame:
+    """A received frame, in one DMA buffer or (when it is longer than one holds) in several."""
+
+    __slots__ = ("__weakref__", "_client", "_lent", "_pieces")
+
+    def __init__(self, client: Client, pieces: list[tuple[int, Any, int]]) -> None:
+        self._client: Client | None = client
+        # (handle, pointer, length) of each piece.
+        self._pieces = pieces
+        self._lent: list[_Lent] | None = None
+
+    @property
+    def data(self) -> memoryview:
+        """The frame's bytes, read-only. Raises ValueError after release, and when the frame spans several buffers: then
+        use `pieces`, or `bytes(frame)` for a copy."""
+        views = self.pieces
+        if len(views) > 1:
+            raise ValueError(f"this frame spans {len(views)} buffers; use pieces, or bytes(frame) for a copy")
+        return views[0]
+
+    @property
+    def pieces(self) -> tuple[memoryview, ...]:
+        """The frame's bytes, one read-only view for each buffer it spans. Raises ValueError after release."""
+        if self._client is None:
+            raise ValueError("this frame was released; its buffer may hold another frame by now")
+        if self._lent is None:
+            self._lent = [_Lent(pointer, length, writable=False) for _, pointer, length in self._pieces]
+        return tuple(lent.view for lent in self._lent)
+
+    def __len__(self) -> int:
+        return sum(length for _, _, length in self._pieces)
+
+    def __bytes__(self) -> bytes:
+        return b"".join(self.pieces)
+
+    def release(self) -> None:
+        """Gives the buffers back to the driver. Once is enough; more do no harm. Raises BufferError while something cut
+        from `data` or `pieces` is still alive: it would show another frame later. `Client.release` gives many back at
+        once, which is faster."""
+        if self._client is not None:
+            self._client.release((self,))
+
+    def __enter__(self) -> Frame:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def _invalidate(self) -> None:
+        _end_all(self._lent)
+
+
+class Buffer:
+    """A DMA buffer to write a frame into and send. `data` has room for the longest frame a buffer can hold."""
+
+    __slots__ = ("__weakref__", "_client", "_lent", "_piece", "length")
+
+    def __init__(self, client: Client, piece: tuple[int, Any, int]) -> None:
+        self._client: Client | None = client
+        self._piece = piece
+        self._lent: list[_Lent] | None = None
+        self.length = 0
+        """How many bytes of `data` are the frame: set it before sending."""
+
+    @property
+    def room(self) -> int:
+        return self._piece[2]
+
+    @property
+    def data(self) -> memoryview:
+        """All of the buffer's room, writable. Raises ValueError once it was sent or released."""
+        if self._client is None:
+            raise ValueError("this buffer was sent or released; allocate another one")
+        if self._lent is None:
+            self._lent = [_Lent(self._piece[1], self._piece[2], writable=True)]
+        return self._lent[0].view
+
+    def write(self, frame: bytes | bytearray | memoryview) -> Buffer:
+        """Copies a whole frame in and sets `length`. Raises ValueError when it is too long."""
+        size = len(frame)
+        if size > self.room:
+            raise ValueError(f"a frame of {size} bytes does not fit a buffer of {self.room}")
+        self.data[:size] = frame
+        self.length = size
+        return self
+
+    def release(self) -> None:
+        """Gives the buffer up without sending it. More than once does no harm."""
+        if self._client is not None:
+            self._client._take_unsent(self)
+
+    def _invalidate(self) -> None:
+        _end_all(self._lent)
+
+
+class _Lent:
+    """A memoryview of DMA memory that can be ended for sure: what was cut from it is noticed."""
+
+    __slots__ = ("_exporter", "view")
+
+    def __init__(self, pointer: Any, length: int, *, writable: bool) -> None:
+        exporter = ffi.buffer(pointer, length)
+        # Every view cut from `view` keeps the exporter alive, so its death shows that there are none.
+        self._exporter = weakref.ref(exporter)
+        view = memoryview(exporter)
+        self.view = view if writable else view.toreadonly()
+
+    def end(self) -> None:
+        self.view.release()
+        if self._exporter() is not None:
+            raise BufferError("something cut from this frame's data is still in use; release or drop it first")
+
+
+def _end_all(lent: list[_Lent] | None) -> None:
+    for one in lent or ():
+        one.end()

@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import mmap
 
-from vfio.memory import Memory
+import vfio
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Protocol
-
-    from vfio.iommu import Iommu
 else:
     Protocol = object
 
@@ -50,7 +48,7 @@ class DmaAllocator(Protocol):
 class VfioDma:
     """DMA memory through a VFIO device's I/O address space. `iommu` is `vfio.Device.iommu` and stays the caller's."""
 
-    def __init__(self, iommu: Iommu) -> None:
+    def __init__(self, iommu: vfio.Iommu) -> None:
         self._iommu = iommu
 
     def allocate(self, size: int) -> DmaBlock:
@@ -59,9 +57,9 @@ class VfioDma:
 
 
 class _VfioBlock:
-    def __init__(self, iommu: Iommu, size: int) -> None:
+    def __init__(self, iommu: vfio.Iommu, size: int) -> None:
         # Anonymous: there is no file descriptor by which it could reach another process, and no fork inherits it.
-        self._memory = Memory.anonymous(size)
+        self._memory = vfio.Memory.anonymous(size)
         try:
             self._mapping = iommu.map(self._memory)
         except BaseException:

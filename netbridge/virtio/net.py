@@ -20,6 +20,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from enum import Enum
 
+import vfio
 from netbridge.datapath._core import ffi, lib
 from netbridge.virtio import features
 from netbridge.virtio.dma import DmaAllocator, DmaBlock, Piece, Pieces, whole_pages
@@ -45,7 +46,6 @@ from netbridge.virtio.transport import (
     describe_status,
     read_consistently,
 )
-from vfio.eventfd import EventFd
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -161,7 +161,7 @@ class NetDevice:
         self._tx_header: Piece | None = None
         self._block: DmaBlock | None = None
         self._local_mac: bytes | None = None
-        self._eventfds: list[EventFd] = []
+        self._eventfds: list[vfio.EventFd] = []
         try:
             for size in self._sizes:
                 if not (1 <= size <= LARGEST_QUEUE and size & (size - 1) == 0):
@@ -508,7 +508,7 @@ class NetDevice:
     def _open_eventfds(self, mode: InterruptMode) -> Interrupts:
         names = ("config_fd", "rx_fd", "tx_fd") if mode is InterruptMode.MSIX else ("intx_fd", "intx_unmask_fd")
         for _ in names:
-            self._eventfds.append(EventFd())
+            self._eventfds.append(vfio.EventFd())
         return Interrupts(mode, **{name: fd.fileno() for name, fd in zip(names, self._eventfds, strict=True)})
 
     def _forget(self) -> None:

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
+import vfio
 from netbridge.virtio.errors import Misbehaved, NotVirtioNet
 from netbridge.virtio.transport import RESET_DEADLINE_S, QueueSetup, await_reset
-from vfio.errors import VfioError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -165,7 +165,8 @@ class PciDevice(Protocol):
     @property
     def irqs(self) -> Irqs: ...
     def bar(self, index: int) -> Bar: ...
-    def set_bus_master(self, enabled: bool) -> object: ...
+    def set_bus_master(self, on: bool) -> object: ...
+    def set_intx_disable(self, disable: bool) -> object: ...
 
 
 class Kind(IntEnum):
@@ -238,7 +239,7 @@ class VirtioPci:
                 continue
             try:
                 structure = self._examine(offset, found)
-            except (Misbehaved, VfioError) as error:
+            except (Misbehaved, vfio.VfioError) as error:
                 refused.append(f"the capability at {offset:#04x} was refused: {error}")
                 continue
             if structure is not None:
@@ -437,6 +438,7 @@ class VirtioPci:
         self._interrupts = "msix"
 
     def enable_intx(self, eventfd: int, unmask_eventfd: int) -> None:
+        self._device.set_intx_disable(False)
         self._device.irqs.enable_intx(eventfd)
         self._interrupts = "intx"
         self._device.irqs.set_intx_unmask(unmask_eventfd)

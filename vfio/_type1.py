@@ -65,8 +65,7 @@ class Type1(Backend):
                     return cls(fd, name, model, ready=False)
         except OSError as error:
             os.close(fd)
-            cause = "CONFIG_IOMMUFD_VFIO_CONTAINER is off" if node == "iommu" else None
-            raise Unsupported(f"{dev_root}/{node} is no VFIO container", errno=error.errno, cause=cause) from None
+            raise Unsupported(f"{dev_root}/{node} cannot serve as a VFIO container", errno=error.errno) from None
         except BaseException:
             os.close(fd)
             raise

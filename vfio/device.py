@@ -51,9 +51,9 @@ class Device:
     """
 
     def __init__(self, address: PciAddress, fd: int, iommu: Iommu, group_fd: int, owns_iommu: bool) -> None:
-        # Takes ownership of fd (and of iommu, if so told) only when it succeeds.
+        # Takes ownership of fd (and of iommu, if so told) only when it succeeds: until then it has no fd to close.
+        self.fd = -1
         self.address = address
-        self.fd = fd
         self.iommu = iommu
         self.interface = iommu.interface
         self._group_fd = group_fd
@@ -72,6 +72,7 @@ class Device:
             raise self._failed("cannot ask about it", error) from None
         self.config = ConfigSpace(fd, region.offset, region.size, address)
         self.irqs = Irqs(fd, address)
+        self.fd = fd
 
     @classmethod
     def from_fds(cls, address: PciAddress | str, fds: DeviceFds) -> Device:
@@ -304,6 +305,14 @@ class Device:
                     cause=f"it would reset {', '.join(others)} too" if others else None,
                     fix="bind those to vfio-pci and open them in the same Iommu" if others else None,
                 ) from None
+            if error.errno == errno.ENOTTY:
+                raise DeviceGone(
+                    "it did not come back after its slot or bus was reset",
+                    device=self.address,
+                    errno=error.errno,
+                    cause="the link to it stays down; the end of the kernel log (dmesg) says more",
+                    fix="use reset if can_reset, else restart the machine",
+                ) from None
             raise self._failed("cannot reset its slot or bus", error) from None
 
     # The end
@@ -336,6 +345,9 @@ class Device:
                 self.iommu._detach(self._group_fd)
             if self._owns_iommu:
                 self.iommu.close()
+
+    def __del__(self) -> None:
+        self.close()
 
     def __enter__(self) -> Device:
         return self

@@ -79,10 +79,10 @@ class Iommu:
     """
 
     def __init__(self, backend: Backend) -> None:
+        self._closed = False
         self._backend = backend
         self._allocator: IovaAllocator | None = None
         self._mappings: dict[int, DmaMapping] = {}
-        self._closed = False
         self.interface = backend.interface
 
     @classmethod
@@ -353,6 +353,9 @@ class Iommu:
                 mapping._closed()
             self._mappings.clear()
             self._backend.close()
+
+    def __del__(self) -> None:
+        self.close()
 
     def __enter__(self) -> Iommu:
         return self

@@ -77,7 +77,7 @@ static inline void ring_disarm(const struct nb_ring_place *ring) { store_once_32
 static inline bool ring_is_valid(const struct nb_ring_place *ring, uint32_t buffers)
 {
     uint32_t slots = ring->slots;
-    return ring->header != NULL && slots != 0 && (slots & (slots - 1)) == 0 && slots >= buffers && slots <= MOST_BUFFERS;
+    return ring->header != NULL && slots != 0 && slots <= MOST_BUFFERS && (slots & (slots - 1)) == 0 && slots >= buffers;
 }
 
 /* Rings a doorbell. A full counter (EAGAIN) means that it is ringing already. */

@@ -110,16 +110,23 @@ static uint32_t frame_pieces(const struct nb_pump *pump, uint32_t buffer)
     return pieces <= pump->config.rx_max_pieces ? pieces : 0;
 }
 
+/* The buffer came back, whatever the device says is in it. */
+static int refuse_frame(struct nb_pump *pump, const struct nb_used *used, enum nb_device_fault fault)
+{
+    ledger_put_free(pump->config.rx_ledger, used->buffer);
+    return device_fault(fault);
+}
+
 static int gather(struct nb_pump *pump, const struct nb_used *used)
 {
     uint32_t header = 0;
     if (pump->pieces_expected == 0) {
         header = pump->config.net_header_bytes;
         if (used->written < header)
-            return device_fault(NB_FAULT_USED_LENGTH);
+            return refuse_frame(pump, used, NB_FAULT_USED_LENGTH);
         pump->pieces_expected = frame_pieces(pump, used->buffer);
         if (pump->pieces_expected == 0)
-            return device_fault(NB_FAULT_NUM_BUFFERS);
+            return refuse_frame(pump, used, NB_FAULT_NUM_BUFFERS);
     }
     pump->pieces[pump->pieces_gathered++] = (struct piece){.buffer = used->buffer, .bytes = used->written - header};
     return 0;

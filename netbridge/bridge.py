@@ -158,7 +158,7 @@ class _Session:
             {
                 "base": ffi.cast("uint8_t *", memory.address),
                 "iova": mapping.iova,
-                "count": region.count,
+                "count": region.buffers,
                 "stride": region.stride,
                 "headroom": self.port.geometry.headroom,
                 "session": self.number,

@@ -12,11 +12,7 @@ import socket
 import time
 
 from netbridge.ipc.errors import BadMessage, PortClosed, PortError, PortUnavailable, Reason
-from netbridge.ipc.messages import FD_NAMES, LONGEST_MESSAGE, Bye, Welcome, parse
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from netbridge.ipc.messages import Message
+from netbridge.ipc.messages import FD_NAMES, LONGEST_MESSAGE, Bye, Message, Welcome, parse
 
 
 class ControlSocket:
@@ -28,6 +24,8 @@ class ControlSocket:
         try:
             self._socket.settimeout(timeout)
             self._socket.connect(path)
+            # From here on nothing waits in recvmsg: with a timeout Python would, whatever MSG_DONTWAIT says.
+            self._socket.setblocking(False)
         except (FileNotFoundError, ConnectionRefusedError):
             self._socket.close()
             raise PortUnavailable(f"no driver listens at {path}; start one, or wait for it") from None

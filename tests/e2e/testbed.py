@@ -1,0 +1,133 @@
+"""A driver and an echo service in a guest that is up: what the demo and the end-to-end tests have in common.
+
+The harness (`qemu/`) knows nothing of netbridge; what there is to know about starting it in a guest is here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import signal
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qemu.agent import GuestProcess
+from qemu.guest import Guest
+
+SOCKET = "/run/netbridge/aethernet.sock"
+MANIFEST = "/tmp/vnode.yml"
+SERVICE_USER = "aethernet"
+START_SECONDS = 30.0
+STOP_SECONDS = 20.0
+
+FIND_NICS = """
+import glob, os
+def _nics():
+    found = []
+    for path in sorted(glob.glob("/sys/bus/pci/devices/*")):
+        read = lambda name: open(f"{path}/{name}").read().strip()
+        if (read("vendor"), read("device")) == ("0x1af4", "0x1041"):
+            driver = f"{path}/driver"
+            driver = os.path.basename(os.readlink(driver)) if os.path.islink(driver) else None
+            found.append((os.path.basename(path), driver))
+    return found
+_nics()
+"""
+
+GRANTS = (
+    "NetworkAccess",
+    'CAP_HARDWARE_IO_PCI: "{pci}"',
+    "CAP_IRQ_REGISTER: {irq}",
+    "CAP_DMA_ALLOC",
+    "CAP_MEM_SHARE",
+    "CAP_LOG_WRITE",
+)
+
+
+def manifest(pci: str, *, irq: str = "msix", without: Sequence[str] = (), mem_mb: int = 16) -> str:
+    """A vnode.yml for the NIC at this address; `without` are capabilities to leave out."""
+    grants = [grant.format(pci=pci, irq=irq) for grant in GRANTS]
+    kept = [grant for grant in grants if grant.partition(":")[0] not in without]
+    lines = "".join(f"  - {grant}\n" for grant in kept)
+    return f"""\
+vnode:
+  name: "net-bridge"
+  version: "0.1.0"
+  mode: permissive
+runtime:
+  entrypoint: "bin/net-bridge.vnode"
+  required_mem_mb: {mem_mb}
+  max_cpu_share: 1.0
+capabilities:
+{lines}storage:
+  mounts: []
+observability:
+  metrics: ["packets_rx", "packets_tx", "irq_latency_ns"]
+"""
+
+
+def nics(guest: Guest) -> list[tuple[str, str | None]]:
+    """The guest's virtio-net functions: PCI address and present driver."""
+    return [(address, driver) for address, driver in guest.eval(FIND_NICS)]
+
+
+def netbridge(*words: str) -> list[str]:
+    return ["python3", "-m", "netbridge", *words]
+
+
+@dataclass
+class Testbed:
+    """A running driver and its echo service. Their output is kept in the guest's artefacts."""
+
+    __test__ = False  # it is no test, whatever its name
+
+    guest: Guest
+    pci: str
+    driver: GuestProcess
+    echo: GuestProcess
+    final: dict[str, Any] = field(default_factory=dict)  # from `stop` on: counters of "driver" and "echo"
+
+    def counters(self) -> dict[str, Any]:
+        """The driver's counters at this moment, read from outside."""
+        counters: dict[str, Any] = json.loads(self.guest.run(netbridge("stats", "--json")).stdout)
+        return counters
+
+    def stop(self) -> None:
+        """Ends service and driver politely; both must end well. Raises AssertionError, CommandTimedOut."""
+        for name, process in (("echo", self.echo), ("driver", self.driver)):
+            process.kill(signal.SIGTERM)
+            code = process.wait(STOP_SECONDS)
+            assert code == 0, f"{name} ended with {code}:\n{process.stderr}"
+            self.final[name] = json.loads(process.stdout.splitlines()[-1])
+
+
+@contextlib.contextmanager
+def running(
+    guest: Guest, *, irq: str = "msix", options: Sequence[str] = (), log_directory: Path | None = None
+) -> Iterator[Testbed]:
+    """Starts driver and echo service for the guest's first NIC; kills what is left of them at the end."""
+    logs = log_directory or guest.artefacts
+    pci = nics(guest)[0][0]
+    guest.put(manifest(pci, irq=irq).encode(), MANIFEST)
+    with contextlib.ExitStack() as stack:
+        driver = stack.enter_context(
+            guest.start(netbridge("run", MANIFEST, "--json", *options), log=logs / "driver.log")
+        )
+        wait_for_line(driver, r" prepared ")
+        echo = stack.enter_context(
+            guest.start(
+                ["python3", "-m", "netbridge.services.echo", "--json", "--socket", SOCKET],
+                user=SERVICE_USER,
+                log=logs / "echo.log",
+            )
+        )
+        wait_for_line(driver, r" serving ")
+        yield Testbed(guest, pci, driver, echo)
+
+
+def wait_for_line(process: GuestProcess, pattern: str) -> re.Match[str]:
+    """Waits for a line on the process's stderr."""
+    return process.wait_for_line(pattern, START_SECONDS)

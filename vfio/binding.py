@@ -85,7 +85,7 @@ def bind(
     with _Lock(roots):
         current = function.driver
         record = _load(roots, function.address)
-        if record is not None and current != driver and function.driver_override != driver:
+        if record is not None and not _concerns(record, function):
             record = None  # of an earlier life: the function was unplugged and came back under a driver of its own
         if current == driver:
             return Binding(function, driver, record[0] if record else driver, roots)
@@ -276,7 +276,7 @@ def _restore(address: PciAddress, roots: _Roots) -> None:
         record = _load(roots, address)
         current = function.driver
         if record is not None:
-            if _diagnose.is_vfio_driver(current) or current is None or _overridden(function):
+            if _concerns(record, function):
                 _give_back(function, *record, roots)
             _forget(roots, address)
         elif _diagnose.is_vfio_driver(current):
@@ -289,6 +289,12 @@ def _restore(address: PciAddress, roots: _Roots) -> None:
             _write(f"{function.path}/driver_override", "\n", "cannot clear driver_override", address)
             if current is None:
                 _probe_any(function, roots)
+
+
+def _concerns(record: tuple[str | None, str | None], function: PciFunction) -> bool:
+    """Whether notes fit what is there now: somewhere on the way between the driver they name and a VFIO driver."""
+    driver = function.driver
+    return driver in (None, record[0]) or _diagnose.is_vfio_driver(driver) or _overridden(function)
 
 
 def _overridden(function: PciFunction) -> bool:

@@ -1,0 +1,76 @@
+"""Eventfds: counting, waiting, and being part of a poll loop or an asyncio loop."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import select
+import threading
+import time
+
+import pytest
+
+import vfio
+from tests.unit.vfio_fakes import open_fds
+
+
+def test_it_counts_and_is_drained() -> None:
+    with vfio.EventFd() as event:
+        assert event.drain() == 0
+        event.signal()
+        event.signal(3)
+        assert event.drain() == 4
+        assert event.drain() == 0
+
+
+def test_waiting_ends_with_the_signal_or_the_time() -> None:
+    with vfio.EventFd() as event:
+        began = time.monotonic()
+        assert event.wait(0.05) == 0
+        assert time.monotonic() - began >= 0.05
+        assert event.wait(0) == 0
+        threading.Timer(0.02, event.signal).start()
+        assert event.wait(10) == 1
+
+
+def test_epoll_sees_it() -> None:
+    with vfio.EventFd() as event, select.epoll() as poller:
+        poller.register(event, select.EPOLLIN)
+        assert poller.poll(0) == []
+        event.signal()
+        assert poller.poll(1) == [(event.fileno(), select.EPOLLIN)]
+
+
+def test_asyncio_waits_for_it() -> None:
+    async def main() -> tuple[int, int]:
+        with vfio.EventFd() as event:
+            loop = asyncio.get_running_loop()
+            loop.call_later(0.01, event.signal, 5)
+            first = await asyncio.wait_for(event.wait_async(), 10)
+            event.signal()
+            return first, await event.wait_async()
+
+    assert asyncio.run(main()) == (5, 1)
+
+
+def test_asyncio_can_give_up() -> None:
+    async def main() -> int:
+        with vfio.EventFd() as event:
+            with pytest.raises(asyncio.TimeoutError):
+                await asyncio.wait_for(event.wait_async(), 0.01)
+            event.signal()
+            return await event.wait_async()
+
+    assert asyncio.run(main()) == 1
+
+
+def test_closed_and_forgotten_ones_are_gone() -> None:
+    before = open_fds()
+    event = vfio.EventFd()
+    event.close()
+    event.close()
+    with pytest.raises(ValueError, match="closed"):
+        event.fileno()
+    vfio.EventFd()
+    gc.collect()
+    assert open_fds() == before

@@ -116,15 +116,23 @@ class Process:
         words = self.last_words()
         return f'{how} and said "{words}"' if words else how
 
-    def last_words(self, lines: int = 5) -> str:
-        """The end of its stdout and stderr."""
+    def last_words(self, lines: int = 2) -> str:
+        """The end of its stdout and stderr, in one line."""
         try:
             with self.log.open("rb") as file:
                 file.seek(max(0, self.log.stat().st_size - 8192))
                 text = file.read().decode(errors="replace")
         except OSError:
             return ""
-        return "\n".join(text.strip().splitlines()[-lines:])
+        return "; ".join(text.strip().splitlines()[-lines:])
+
+    def first_words(self) -> str:
+        """The first line of its stdout and stderr: what comes before a dump of registers, for one."""
+        try:
+            with self.log.open("rb") as file:
+                return file.readline(1000).decode(errors="replace").strip()
+        except OSError:
+            return ""
 
     def effort(self) -> float:
         """Seconds of processor time that it has used or had to wait for, all threads together.

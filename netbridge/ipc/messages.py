@@ -13,8 +13,6 @@ from netbridge.ipc._record import NamedTuple
 from netbridge.ipc.errors import BadMessage, Reason
 from netbridge.ipc.geometry import Geometry, RegionGeometry, RingGeometry
 
-TYPE_CHECKING = False
-
 MAGIC = int.from_bytes(b"NBPT", "little")
 VERSION = 1
 LONGEST_MESSAGE = 256
@@ -204,8 +202,7 @@ class Bye(NamedTuple):
         return cls(Reason(reason), "".join(c if c.isprintable() else "?" for c in text))
 
 
-if TYPE_CHECKING:
-    Message = Hello | Welcome | Ready | Link | Bye
+Message = Hello | Welcome | Ready | Link | Bye
 
 _BODIES: dict[int, tuple[type[Message], int]] = {
     Kind.HELLO: (Hello, _HELLO.size),

@@ -87,8 +87,7 @@ class ClientRefused(NamedTuple):
         return f"{self.peer} was refused: {self.reason.words}"
 
 
-if TYPE_CHECKING:
-    Event = ClientReady | ClientGone | ClientRefused
+Event = ClientReady | ClientGone | ClientRefused
 
 
 class _State(Enum):

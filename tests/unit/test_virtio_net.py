@@ -176,6 +176,35 @@ def test_queues_are_made_in_the_core_on_zeroed_memory(make: Make) -> None:
     assert bench.net.rx.handle != ffi.NULL
 
 
+def test_every_queue_of_the_core_is_freed(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    alive: list[object] = []
+
+    class Counting:
+        nb_virtqueue_layout = lib.nb_virtqueue_layout
+
+        @staticmethod
+        def nb_virtqueue_new(*arguments: object) -> object:
+            alive.append(lib.nb_virtqueue_new(*arguments))
+            return alive[-1]
+
+        @staticmethod
+        def nb_virtqueue_free(queue: object) -> None:
+            alive.remove(queue)
+            lib.nb_virtqueue_free(queue)
+
+    monkeypatch.setattr("netbridge.virtio.net.lib", Counting)
+    bench = make()
+    bench.net.configure()
+    assert alive == [bench.net.rx.handle, bench.net.tx.handle]
+    bench.net.reset()
+    assert alive == []
+    bench.model.refused_vectors = (2,)
+    with pytest.raises(VectorRefused):
+        bench.net.configure()
+    bench.net.close()
+    assert alive == []
+
+
 def test_configured_again_it_uses_the_same_memory_cleared(make: Make) -> None:
     bench = make()
     bench.net.configure()

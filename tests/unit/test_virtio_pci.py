@@ -195,7 +195,11 @@ def test_kinds_it_has_no_use_for_are_passed_over(reach: Reach, cfg_type: int) ->
 
 @pytest.mark.parametrize("bar", [6, 255])
 def test_reserved_bars_are_passed_over(reach: Reach, bar: int) -> None:
-    reach(capabilities=[VendorCapability(Kind.COMMON, 0, 0x1000, bar=bar), *usual_capabilities()])
+    # VFIO has a region 6 too, but it is the expansion ROM.
+    sizes = {4: BAR_BYTES, bar: BAR_BYTES}
+    reserved = VendorCapability(Kind.COMMON, 0, 0x1000, bar=bar)
+    transport, _ = reach(capabilities=[reserved, *usual_capabilities()], bar_sizes=sizes)
+    assert {structure.bar_index for structure in transport.structures} == {4}
 
 
 @pytest.mark.parametrize("kind", list(Kind))
@@ -301,10 +305,11 @@ def test_the_last_notification_that_fits_is_accepted(reach: Reach) -> None:
     transport.notify_address(1)
 
 
-def test_a_field_beyond_the_configuration_is_refused(reach: Reach) -> None:
-    transport, _ = reach(capabilities=replaced(Kind.DEVICE, length=8))
+@pytest.mark.parametrize("length", [8, 10, 11])
+def test_a_field_beyond_the_configuration_is_refused(reach: Reach, length: int) -> None:
+    transport, _ = reach(capabilities=replaced(Kind.DEVICE, length=length))
     assert transport.read_config(6, 2) == 1
-    with pytest.raises(Misbehaved, match=r"8 bytes, .* field at 10 to 11"):
+    with pytest.raises(Misbehaved, match=rf"{length} bytes, .* field at 10 to 11"):
         transport.read_config(10, 2)
 
 

@@ -1,0 +1,105 @@
+"""Builds the guest's initramfs: one static program, images/init and its companions, and the kernel's modules.
+
+Modules and init stay in use after the root is mounted (see images/initrd.sh), so that neither a change to them nor
+another kernel needs a new root image. The archive is not compressed: unpacking would take longer than reading.
+"""
+
+from __future__ import annotations
+
+import stat
+import tempfile
+from pathlib import Path
+
+from qemu.kernel import Kernel, modules_needed, read_module
+from qemu.recipe import KernelPart
+from qemu.tools import run_tool
+
+INIT_FILES = Path(__file__).resolve().parents[1] / "images"
+
+GUEST = "usr/lib/guest"
+FILES = {"init": "initrd.sh", f"{GUEST}/init": "init", f"{GUEST}/fstab": "fstab", f"{GUEST}/agent.py": "agent.py"}
+"""Where in the initramfs each file of images/ goes."""
+
+MODULE_INDEXES = ("modules.builtin", "modules.builtin.modinfo", "modules.order")
+"""What depmod reads, besides the modules."""
+
+
+class Archive:
+    """A cpio archive in the kernel's format, `newc` (Documentation/driver-api/early-userspace/buffer-format.rst).
+
+    Everything in it belongs to root and nothing has a date, so equal contents make equal archives.
+    """
+
+    def __init__(self) -> None:
+        self._parts: list[bytes] = []
+        self._count = 0
+        self._directories: set[str] = set()
+
+    def _add(self, name: str, mode: int, data: bytes) -> None:
+        self._count += 1
+        encoded = name.encode() + b"\0"
+        fields = (self._count, mode, 0, 0, 1, 0, len(data), 0, 0, 0, 0, len(encoded), 0)
+        head = b"070701" + b"".join(b"%08X" % field for field in fields) + encoded
+        self._parts += [head, b"\0" * (-len(head) % 4), data, b"\0" * (-len(data) % 4)]
+
+    def directory(self, name: str) -> None:
+        """A directory, after those that it is in; one that is there already is left as it is."""
+        if name in self._directories or not name:
+            return
+        self.directory(name.rpartition("/")[0])
+        self._directories.add(name)
+        self._add(name, stat.S_IFDIR | 0o755, b"")
+
+    def file(self, name: str, data: bytes, *, executable: bool = False) -> None:
+        self.directory(name.rpartition("/")[0])
+        self._add(name, stat.S_IFREG | (0o755 if executable else 0o644), data)
+
+    def link(self, name: str, target: str) -> None:
+        self.directory(name.rpartition("/")[0])
+        self._add(name, stat.S_IFLNK | 0o777, target.encode())
+
+    def finish(self) -> bytes:
+        self._add("TRAILER!!!", 0, b"")
+        return b"".join(self._parts)
+
+
+def initrd_inputs(part: KernelPart, files: Path = INIT_FILES) -> list[str | bytes]:
+    """All that decides what `build_initrd` makes, the kernel and busybox aside."""
+    names = [repr((part.early, part.late, part.available))]
+    return [*names, *((files / name).read_bytes() for name in FILES.values()), Path(__file__).read_bytes()]
+
+
+def build_initrd(part: KernelPart, kernel: Kernel, busybox: bytes, files: Path = INIT_FILES) -> bytes:
+    """The initramfs. Raises ImageBuildFailed when the kernel lacks a module of the recipe, or ToolMissing."""
+    archive = Archive()
+    for name in ("dev", "proc", "sys", "root"):
+        archive.directory(name)
+    archive.file(f"{GUEST}/busybox", busybox, executable=True)
+    archive.link("bin/busybox", f"/{GUEST}/busybox")
+    archive.link("lib", "usr/lib")
+    for place, name in FILES.items():
+        archive.file(place, (files / name).read_bytes(), executable=True)
+    archive.file(f"{GUEST}/modules.early", _lines(part.early))
+    archive.file(f"{GUEST}/modules.late", _lines(part.late))
+    _add_modules(archive, part, kernel)
+    return archive.finish()
+
+
+def _lines(names: tuple[str, ...]) -> bytes:
+    return "".join(f"{name}\n" for name in names).encode()
+
+
+def _add_modules(archive: Archive, part: KernelPart, kernel: Kernel) -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        modules = Path(directory, "lib/modules", kernel.release)
+        modules.mkdir(parents=True)
+        for name in MODULE_INDEXES:
+            (modules / name).write_bytes((kernel.modules / name).read_bytes())
+        for path in modules_needed(kernel, (*part.early, *part.late, *part.available)):
+            # Unpacked, because the guest would otherwise do it at every start.
+            unpacked = modules / path.partition(".ko")[0]
+            unpacked.parent.mkdir(parents=True, exist_ok=True)
+            unpacked.with_name(f"{unpacked.name}.ko").write_bytes(read_module(kernel.modules / path))
+        run_tool(["depmod", "-b", directory, kernel.release], doing="indexing the modules of the initramfs")
+        for file in sorted(path for path in modules.rglob("*") if path.is_file()):
+            archive.file(f"usr/lib/modules/{kernel.release}/{file.relative_to(modules)}", file.read_bytes())

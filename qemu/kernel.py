@@ -1,0 +1,125 @@
+"""Takes Debian kernel packages apart into what a guest is started with: a kernel image and a tree of modules."""
+
+from __future__ import annotations
+
+import lzma
+import shutil
+import struct
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from qemu.errors import ImageBuildFailed
+from qemu.tools import run_tool
+
+# Of the x86 boot protocol's header (Documentation/arch/x86/boot.rst): where the compressed kernel lies in a bzImage.
+SETUP_SECTORS = 0x1F1
+MAGIC = 0x202
+PAYLOAD = 0x248
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel that was unpacked into a directory. `release` is what uname -r will say."""
+
+    image: Path
+    modules: Path
+    release: str
+
+    @classmethod
+    def at(cls, directory: Path) -> Kernel:
+        """What `unpack_kernel` put into `directory`."""
+        (modules,) = (directory / "modules").iterdir()
+        return cls(directory / "kernel", modules, modules.name)
+
+
+def unpack_kernel(packages: list[Path], out: Path) -> None:
+    """Puts `kernel` and `modules/RELEASE` into the directory `out`. Raises ImageBuildFailed or ToolMissing."""
+    scratch = out / "unpacked"
+    scratch.mkdir()
+    for package in packages:
+        run_tool(["dpkg-deb", "-x", str(package), str(scratch)], doing=f"unpacking {package.name}")
+    found = [path for path in (*scratch.glob("lib/modules/*"), *scratch.glob("usr/lib/modules/*")) if path.is_dir()]
+    if len(found) != 1 or not (images := list(scratch.glob(f"boot/vmlinuz-{found[0].name}"))):
+        names = ", ".join(package.name for package in packages)
+        raise ImageBuildFailed(f"these packages hold no kernel with its modules: {names}")
+    modules, image, release = found[0], images[0], found[0].name
+
+    config = scratch / "boot" / f"config-{release}"
+    bare = decompress(image.read_bytes()) if config.exists() and "\nCONFIG_PVH=y" in config.read_text() else None
+    if bare is not None:
+        (out / "kernel").write_bytes(bare)
+    else:
+        shutil.copyfile(image, out / "kernel")
+
+    # depmod looks below lib/modules, wherever the package has them.
+    base = modules.parents[2]
+    run_tool(["depmod", "-b", str(base), release], doing=f"indexing the modules of {release}")
+    (out / "modules").mkdir()
+    modules.rename(out / "modules" / release)
+    shutil.rmtree(scratch)
+
+
+def decompress(image: bytes) -> bytes | None:
+    """The kernel proper, an ELF file, out of a bzImage; None when it is packed in a way not known here.
+
+    A guest that is started with the bare kernel, by way of its PVH entry, is spared unpacking it, which takes an
+    emulated processor about a second.
+    """
+    if image[MAGIC : MAGIC + 4] != b"HdrS":
+        return None
+    offset, length = struct.unpack_from("<II", image, PAYLOAD)
+    start = (image[SETUP_SECTORS] + 1) * 512 + offset
+    # After the compressed kernel come four bytes with its real length.
+    payload, size = image[start : start + length - 4], image[start + length - 4 : start + length]
+    kernel = _unpack(payload)
+    if kernel is None or len(kernel) != int.from_bytes(size, "little") or not kernel.startswith(b"\x7fELF"):
+        return None
+    return kernel
+
+
+def _unpack(data: bytes) -> bytes | None:
+    if data.startswith(b"\x28\xb5\x2f\xfd"):
+        return run_tool(["zstd", "-dc"], doing="unpacking what zstd packed", input_data=data)
+    if data.startswith(b"\xfd7zXZ"):
+        return lzma.LZMADecompressor().decompress(data)
+    if data.startswith(b"\x1f\x8b"):
+        return zlib.decompressobj(wbits=31).decompress(data)
+    return None
+
+
+def read_module(path: Path) -> bytes:
+    """A module's ELF file, whichever way it is packed."""
+    data = path.read_bytes()
+    if path.suffix == ".ko":
+        return data
+    unpacked = _unpack(data)
+    if unpacked is None:
+        raise ImageBuildFailed(f"{path}: packed in a way not known here")
+    return unpacked
+
+
+def module_name(path: str) -> str:
+    """What the kernel calls the module in a file: `vfio_pci` for kernel/drivers/vfio/pci/vfio-pci.ko.xz."""
+    return path.rpartition("/")[2].partition(".")[0].replace("-", "_")
+
+
+def modules_needed(kernel: Kernel, names: Iterable[str]) -> list[str]:
+    """The files of the named modules and of all that they depend on, relative to the modules' directory.
+
+    A module built into the kernel needs no file. Raises ImageBuildFailed for one that does not exist.
+    """
+    needs: dict[str, list[str]] = {}
+    for line in (kernel.modules / "modules.dep").read_text().splitlines():
+        path, _, others = line.partition(":")
+        needs[module_name(path)] = [path, *others.split()]
+    builtin = {module_name(path) for path in (kernel.modules / "modules.builtin").read_text().split()}
+    files: dict[str, None] = {}
+    for name in names:
+        plain = name.replace("-", "_")
+        if plain in needs:
+            files.update(dict.fromkeys(needs[plain]))
+        elif plain not in builtin:
+            raise ImageBuildFailed(f"kernel {kernel.release} has no module {name}, which the recipe asks for")
+    return list(files)

@@ -18,6 +18,7 @@ import vfio
 from netbridge.datapath._core import ffi, lib
 from netbridge.errors import DeviceError, NetbridgeError
 from netbridge.ipc.errors import Reason
+from netbridge.ipc.geometry import DEFAULT_HEADROOM
 from netbridge.ipc.messages import Facts
 from netbridge.ipc.server import ClientGone, ClientReady, PortServer
 from netbridge.ipc.session import PortSession, next_session
@@ -240,6 +241,12 @@ class Bridge:
         self._restart = False
         self._net.configure()
         facts = self._net.facts
+        room = BUFFER_STRIDE - DEFAULT_HEADROOM + facts.header_bytes
+        if room < facts.smallest_rx_buffer:
+            raise DeviceError(
+                f"{self._net.name}: a frame of its MTU of {facts.mtu} does not fit one receive buffer ({room} bytes), and "
+                "without MRG_RXBUF it cannot span several; use MRG_RXBUF, or give the device a smaller MTU"
+            )
         self._server.update(Facts(facts.mac, mtu=facts.mtu, link_up=facts.link_up))
         self._number = next_session(self._number)
         self._session = _Session(self._number, self._net, self._iommu, self._settings)

@@ -33,6 +33,7 @@ exit codes:
   3  the manifest does not grant what was asked for
   4  the device, VFIO or the IOMMU
   5  the port to the service
+  6  the process could not be confined as the manifest asks
   130  stopped by Ctrl-C
 """
 

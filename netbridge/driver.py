@@ -85,7 +85,6 @@ def run(manifest: Manifest, options: Options, log: Log) -> tuple[Stop, int, dict
         device = stack.enter_context(vfio.open_device(address, interface=options.interface))
         mode = _check_irq(granted, device)
         log("claimed", device=address, interface=device.interface, irq=granted.irq)
-        device.set_bus_master(True)
         net = stack.enter_context(NetDevice(VirtioPci(device), VfioDma(device.iommu), interrupts=mode, wanted=wanted))
         request_fd, error_fd = _watch_device(device, stack)
         if mode is InterruptMode.MSIX:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 # Neither size nor seals can change any more.
 SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+# Mappings that are there stay writable, new ones are not, and no hole can be punched (linux/fcntl.h; not in `fcntl`).
+SEAL_FUTURE_WRITE = 0x10
 
 
 def sealed_memfd(name: str, size: int) -> int:
@@ -27,15 +29,23 @@ def sealed_memfd(name: str, size: int) -> int:
     fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         os.ftruncate(fd, size)
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, SEALS)
+        seal(fd)
     except OSError:
         os.close(fd)
         raise
     return fd
 
 
-def verify_sealed(fd: int, size: int, what: str) -> None:
-    """Checks that `fd` is a regular file of exactly `size` bytes whose size can never change. Raises BadGeometry."""
+def seal(fd: int, *, read_only: bool = False) -> None:
+    """Adds the seals a shared memfd must have, unless it has been sealed for good already. `read_only`: whoever maps it
+    from now on can only read; mappings that exist keep what they may. Raises OSError."""
+    if not fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SEAL:
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, SEALS | (SEAL_FUTURE_WRITE if read_only else 0))
+
+
+def verify_sealed(fd: int, size: int, what: str, *, read_only: bool = False) -> None:
+    """Checks that `fd` is a memfd of exactly `size` bytes whose size can never change and, if `read_only`, that nobody
+    can map for writing any more. Raises BadGeometry."""
     status = os.fstat(fd)
     if not stat.S_ISREG(status.st_mode):
         raise BadGeometry(f"{what}: not a memfd")
@@ -43,9 +53,11 @@ def verify_sealed(fd: int, size: int, what: str) -> None:
         seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
     except OSError:
         raise BadGeometry(f"{what}: not a memfd that can be sealed") from None
-    missing = [name for name, seal in _SEAL_NAMES if not seals & seal]
+    missing = [name for name, one in _SEAL_NAMES if not seals & one]
     if missing:
         raise BadGeometry(f"{what}: not sealed ({', '.join(missing)} missing), its size could change under a reader")
+    if read_only and not seals & SEAL_FUTURE_WRITE:
+        raise BadGeometry(f"{what}: not sealed (F_SEAL_FUTURE_WRITE missing), it could be mapped for writing")
     # Only now: before the seals are known to be there, a size proves nothing.
     if os.fstat(fd).st_size != size:
         raise BadGeometry(f"{what}: {os.fstat(fd).st_size} bytes instead of {size}")

@@ -16,7 +16,7 @@ from netbridge.ipc.geometry import (
     RegionGeometry,
     plan_geometry,
 )
-from netbridge.ipc.regions import Mapping, place_rings, sealed_memfd, verify_sealed
+from netbridge.ipc.regions import Mapping, place_rings, seal, sealed_memfd, verify_sealed
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -43,9 +43,8 @@ def next_session(number: int) -> int:
 
 
 class PortSession:
-    """Owns the rings region (mapped here) and the two doorbells. The RX and TX memory stays the caller's: it must
-    outlive the session's offer to a client, and be replaced before the next session. Close this after the pump is
-    gone."""
+    """Owns the rings region (mapped here) and the two doorbells. The RX and TX memory stays the caller's, mapped by it
+    already: it must outlive the session, and be replaced before the next one. Close this after the pump is gone."""
 
     def __init__(
         self,
@@ -61,9 +60,9 @@ class PortSession:
         rx_limit: int | None = None,
         rx_read_only: bool = False,
     ) -> None:
-        """`rx_limit` as for `plan_geometry`. `rx_read_only`: the caller has sealed the RX memory against new writable
-        mappings (F_SEAL_FUTURE_WRITE), and the client is told. Raises BadGeometry when the numbers or the memory's
-        seals do not hold, OSError when the system gives no more."""
+        """`rx_limit` as for `plan_geometry`. `rx_read_only`: a client can only read received frames; for this the RX
+        memory must come unsealed, so that it can be sealed here in a way that leaves the mapping there is writable.
+        Raises BadGeometry when the numbers or the memory's seals do not hold, OSError when the system gives no more."""
         if not 1 <= number <= LAST_SESSION:
             raise ValueError(f"session number {number} is not between 1 and {LAST_SESSION}")
         self.number = number
@@ -74,7 +73,9 @@ class PortSession:
             continuation_offset=continuation_offset,
             rx_limit=rx_limit,
         )
-        verify_sealed(rx.fd, rx.size, "rx region")
+        seal(rx.fd, read_only=rx_read_only)
+        seal(tx.fd)
+        verify_sealed(rx.fd, rx.size, "rx region", read_only=rx_read_only)
         verify_sealed(tx.fd, tx.size, "tx region")
         self._rx, self._tx = rx, tx
         with ExitStack() as stack:

@@ -2,8 +2,8 @@
 
 Boots a guest, starts driver and echo service in it, sends every kind and size of frame, compares every reply byte for
 byte, and closes the account: what was sent, what the driver counted, what the service saw and what came back must be
-the same number. Leaves `report.json`, `wire.pcap`, `console.log` and the QEMU command line in its directory. Exit codes:
-0 all is well; 1 frames or the account are not; 2 the machinery failed (image, QEMU, guest); 130 Ctrl-C.
+the same number. Leaves `report.json`, `wire.pcap`, `console.log` and the QEMU command line in its directory.
+Exit codes: 0 all is well; 1 frames or the account are not; 2 the machinery failed (image, QEMU, guest); 130 Ctrl-C.
 """
 
 from __future__ import annotations
@@ -19,12 +19,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from qemu.codedisk import build_code_disk
-from qemu.images import Recipe, ensure_image
-
 from qemu.agent import CommandError
+from qemu.codedisk import build_code_disk
 from qemu.errors import HarnessError
 from qemu.guest import Nic, boot
+from qemu.images import Recipe, ensure_image
 from qemu.wire import Exchange, Wire, WireMismatch
 from tests.e2e import testbed
 from tests.e2e.traffic import Generator, Phase, full_mix, reflected

@@ -88,12 +88,21 @@ class Testbed:
     pci: str
     driver: GuestProcess
     echo: GuestProcess
+    echo_log: Path
     final: dict[str, Any] = field(default_factory=dict)  # from `stop` on: counters of "driver" and "echo"
 
     def counters(self) -> dict[str, Any]:
         """The driver's counters at this moment, read from outside."""
         counters: dict[str, Any] = json.loads(self.guest.run(netbridge("stats", "--json")).stdout)
         return counters
+
+    def restart_echo(self) -> None:
+        """Ends the echo service, if it still runs, and starts another; returns when that one is served."""
+        if self.echo.running:
+            self.echo.kill(signal.SIGTERM)
+        self.echo.wait(STOP_SECONDS)
+        self.echo = start_echo(self.guest, self.echo_log)
+        wait_for_line(self.driver, r" serving ")
 
     def stop(self) -> None:
         """Ends service and driver politely; both must end well. Raises AssertionError, CommandTimedOut."""
@@ -117,15 +126,16 @@ def running(
             guest.start(netbridge("run", MANIFEST, "--json", *options), log=logs / "driver.log")
         )
         wait_for_line(driver, r" prepared ")
-        echo = stack.enter_context(
-            guest.start(
-                ["python3", "-m", "netbridge.services.echo", "--json", "--socket", SOCKET],
-                user=SERVICE_USER,
-                log=logs / "echo.log",
-            )
-        )
+        bed = Testbed(guest, pci, driver, start_echo(guest, logs / "echo.log"), logs / "echo.log")
+        stack.callback(lambda: bed.echo.__exit__(None, None, None))
         wait_for_line(driver, r" serving ")
-        yield Testbed(guest, pci, driver, echo)
+        yield bed
+
+
+def start_echo(guest: Guest, log: Path) -> GuestProcess:
+    """The echo service under a uid of its own; it waits for the driver to be ready for it."""
+    command = ["python3", "-m", "netbridge.services.echo", "--json", "--socket", SOCKET, "--wait", f"{START_SECONDS:g}"]
+    return guest.start(command, user=SERVICE_USER, log=log)
 
 
 def wait_for_line(process: GuestProcess, pattern: str) -> re.Match[str]:

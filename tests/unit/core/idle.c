@@ -1,0 +1,84 @@
+/* A pump with nothing to do sleeps: whatever keeps it from working, it burns no processor. */
+#include "check.h"
+#include "world.h"
+
+#include <sched.h>
+#include <time.h>
+
+/* Runs the pump for a tenth of a second of real time and fails if it was awake for more than a fifth of it. */
+static void expect_sleep(struct world *world)
+{
+    world_start_pump(world);
+    struct timespec tenth = {.tv_nsec = 100000000};
+    nanosleep(&tenth, NULL);
+    uint64_t sleeps = world->counters.sleeps;
+    world_stop_pump(world);
+    CHECK_EQ(world->result.event, NB_EVENT_CONTROL);
+    if (world->pump_cpu_seconds > 0.02)
+        FAIL("the pump was busy for %.0f ms of 100 and slept %llu times", world->pump_cpu_seconds * 1000,
+             (unsigned long long)sleeps);
+    world_close(world);
+}
+
+TEST(idle_with_nothing_to_do)
+{
+    struct world world;
+    world_open(&world, (struct world_config){0});
+    expect_sleep(&world);
+}
+
+TEST(idle_after_a_short_poll)
+{
+    struct world world;
+    world_open(&world, (struct world_config){.spin_ns = 1000000});
+    expect_sleep(&world);
+}
+
+TEST(idle_while_the_tx_queue_is_full)
+{
+    struct world world;
+    world_open(&world, (struct world_config){.tx_size = 4});
+    for (uint64_t i = 0; i < 64; i++)
+        send_one(&world, i, 60);
+    expect_sleep(&world);
+}
+
+TEST(idle_while_the_client_holds_every_rx_buffer)
+{
+    struct world world;
+    world_open(&world, (struct world_config){.rx_count = 64});
+    for (uint64_t i = 0; i < 64; i++)
+        deliver(&world, i, 60);
+    expect_sleep(&world);
+}
+
+TEST(idle_in_the_middle_of_a_merged_frame)
+{
+    struct world world;
+    world_open(&world, (struct world_config){.max_pieces = 34});
+    world.device.lie = FAKE_NUM_BUFFERS_NEVER_REACHED;
+    deliver(&world, 0, 9000);
+    expect_sleep(&world);
+}
+
+/* Doorbells that were rung and never read must not keep it awake. */
+TEST(idle_after_many_doorbells)
+{
+    struct world world;
+    world_open(&world, (struct world_config){0});
+    for (int i = 0; i < 100; i++) {
+        world.client.tx_active.header->wake = 1;
+        nb_client_flush(&world.client);
+    }
+    CHECK(is_rung(world.client_doorbell_fd));
+    expect_sleep(&world);
+}
+
+TEST(idle_with_intx_after_a_spurious_interrupt)
+{
+    struct world world;
+    world_open(&world, (struct world_config){.intx = true});
+    world.device.isr_pending = 1;
+    fake_intx_poll(&world.device);
+    expect_sleep(&world);
+}

@@ -1,0 +1,130 @@
+/* End to end in three threads: fake device, pump, echo client. Every frame byte for byte, every count exact. */
+#include "check.h"
+#include "jitter.h"
+#include "traffic.h"
+
+/* Under ThreadSanitizer everything takes ten times as long. */
+#if defined(__SANITIZE_THREAD__)
+enum { SHARE = 10 };
+#else
+enum { SHARE = 1 };
+#endif
+
+static void echo_through(struct world_config config, struct traffic_config traffic)
+{
+    struct world world;
+    world_open(&world, config);
+    traffic.frames /= SHARE;
+    traffic_echo(&world, traffic);
+    world_close(&world);
+}
+
+TEST(echo_of_every_length_in_bursts)
+{
+    echo_through((struct world_config){0}, (struct traffic_config){.frames = 10000, .window = 60, .burst = 16});
+}
+
+TEST(echo_of_every_length_with_intx)
+{
+    echo_through((struct world_config){.intx = true}, (struct traffic_config){.frames = 10000, .window = 60, .burst = 16});
+}
+
+TEST(echo_with_completions_out_of_order)
+{
+    echo_through((struct world_config){0},
+                 (struct traffic_config){.frames = 10000, .window = 60, .burst = 64, .scrambled = true});
+}
+
+TEST(echo_with_one_vector_for_both_queues)
+{
+    echo_through((struct world_config){.one_vector = true}, (struct traffic_config){.frames = 3000, .window = 20, .burst = 4});
+}
+
+TEST(echo_while_polling)
+{
+    echo_through((struct world_config){.spin_ns = 50000}, (struct traffic_config){.frames = 10000, .window = 60, .burst = 16});
+}
+
+TEST(echo_with_the_drivers_doorbell_a_pipe)
+{
+    echo_through((struct world_config){.doorbell_is_a_pipe = true},
+                 (struct traffic_config){.frames = 5000, .window = 20, .burst = 4});
+}
+
+TEST(echo_over_more_frames_than_a_ring_index_counts)
+{
+    echo_through((struct world_config){0},
+                 (struct traffic_config){.frames = 210000, .window = 64, .burst = 64, .fixed_length = 60});
+}
+
+TEST(echo_across_the_wrap_of_the_port_ring_counts)
+{
+    echo_through((struct world_config){.ring_position = UINT32_MAX - 500, .queue_index = UINT16_MAX - 100},
+                 (struct traffic_config){.frames = 20000, .window = 60, .burst = 16});
+}
+
+/* The client waits for a TX buffer again and again. */
+TEST(echo_with_a_single_tx_buffer)
+{
+    echo_through((struct world_config){.tx_count = 1, .tx_size = 2},
+                 (struct traffic_config){.frames = 5000, .window = 8, .burst = 4});
+}
+
+/* Frames wait in tx_active for room in the TX queue, and the device for RX buffers. */
+TEST(echo_with_queues_shorter_than_the_burst)
+{
+    echo_through((struct world_config){.rx_size = 4, .tx_size = 4, .rx_count = 32, .tx_count = 32},
+                 (struct traffic_config){.frames = 5000, .window = 30, .burst = 30});
+}
+
+TEST(echo_with_a_single_rx_buffer)
+{
+    echo_through((struct world_config){.rx_size = 1, .rx_count = 1}, (struct traffic_config){.frames = 5000, .window = 1});
+}
+
+/* Buffer counts that are no powers of two. */
+TEST(echo_with_odd_buffer_counts)
+{
+    echo_through((struct world_config){.rx_count = 77, .tx_count = 13},
+                 (struct traffic_config){.frames = 5000, .window = 40, .burst = 7});
+}
+
+/* Frames are dropped for want of a faster client, counted, and nothing stalls. */
+TEST(echo_with_a_client_slower_than_the_wire)
+{
+    echo_through((struct world_config){.client_limit = 5},
+                 (struct traffic_config){.frames = 10000, .burst = 64, .lossy = true});
+}
+
+/* One frame at a time: every hop goes to sleep and must be woken. */
+TEST(ping_pong_never_loses_a_wake_up)
+{
+    echo_through((struct world_config){.spin_ns = 0}, (struct traffic_config){.frames = 20000, .fixed_length = 60});
+}
+
+TEST(ping_pong_never_loses_a_wake_up_with_intx)
+{
+    echo_through((struct world_config){.intx = true}, (struct traffic_config){.frames = 10000, .fixed_length = 60});
+}
+
+/* lost wake-up between re-arm and sleep: the windows stretched at random, on every side. */
+TEST(no_wake_up_is_lost_with_delays_at_every_fence)
+{
+    jitter_every = 3;
+    echo_through((struct world_config){0},
+                 (struct traffic_config){.frames = 20000, .window = 2, .fixed_length = 60, .delays = true});
+}
+
+TEST(no_wake_up_is_lost_with_delays_and_intx)
+{
+    jitter_every = 3;
+    echo_through((struct world_config){.intx = true},
+                 (struct traffic_config){.frames = 10000, .window = 2, .fixed_length = 60, .delays = true});
+}
+
+TEST(no_wake_up_is_lost_with_delays_and_few_buffers)
+{
+    jitter_every = 3;
+    echo_through((struct world_config){.rx_size = 2, .tx_size = 2, .rx_count = 2, .tx_count = 1},
+                 (struct traffic_config){.frames = 10000, .window = 3, .burst = 2, .fixed_length = 60, .delays = true});
+}

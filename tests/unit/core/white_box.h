@@ -1,0 +1,16 @@
+/* What tests may see of the pump's inside. */
+#ifndef WHITE_BOX_H
+#define WHITE_BOX_H
+
+#include <stdint.h>
+
+struct nb_pump;
+
+/* Before nb_pump_prime: all four ring counts begin at `ring_position`, both virtqueues' indices at `queue_index`. */
+void white_box_start_at(struct nb_pump *pump, uint32_t ring_position, uint16_t queue_index);
+/* Holds every account against every other: owners, free stack, buffers in flight, descriptors. NULL, or what is wrong. */
+const char *white_box_audit(const struct nb_pump *pump);
+/* Buffers of a merged frame of which more is to come. */
+uint32_t white_box_gathered(const struct nb_pump *pump);
+
+#endif

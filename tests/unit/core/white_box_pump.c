@@ -1,0 +1,110 @@
+/* The pump as it is, compiled here so that its inside can be seen, and with delays in its fences. */
+#include "jittered_barriers.h"
+
+#include "pump.c"
+
+#include "white_box.h"
+
+static void start_queue_at(struct nb_virtqueue *queue, uint16_t index)
+{
+    queue->avail_next = queue->avail_published = queue->used_next = index;
+    queue->avail->idx = queue->used->idx = index;
+}
+
+void white_box_start_at(struct nb_pump *pump, uint32_t ring_position, uint16_t queue_index)
+{
+    const struct nb_ring_place *places[] = {&pump->config.rx_active, &pump->config.rx_free, &pump->config.tx_active,
+                                            &pump->config.tx_done};
+    for (int i = 0; i < 4; i++)
+        places[i]->header->produced = places[i]->header->consumed = ring_position;
+    pump->rx_active_put = pump->rx_free_taken = pump->tx_active_taken = pump->tx_done_put = ring_position;
+    start_queue_at(pump->config.rx_queue, queue_index);
+    start_queue_at(pump->config.tx_queue, queue_index);
+}
+
+uint32_t white_box_gathered(const struct nb_pump *pump) { return pump->pieces_gathered; }
+
+static const char *audit_ledger(const struct nb_ledger *ledger)
+{
+    uint32_t owned[NB_OWNERS] = {0};
+    for (uint32_t i = 0; i < ledger->region.count; i++) {
+        if (ledger->buffers[i].owner >= NB_OWNERS)
+            return "a buffer has no owner";
+        owned[ledger->buffers[i].owner]++;
+    }
+    for (int owner = 0; owner < NB_OWNERS; owner++) {
+        if (owned[owner] != ledger->owned[owner])
+            return "an owner's count is not the number of its buffers";
+        if (owned[owner] != nb_ledger_owned(ledger, owner))
+            return "nb_ledger_owned says something else than the ledger";
+    }
+    bool *seen = calloc(ledger->region.count, sizeof(*seen));
+    const char *wrong = seen ? NULL : "no memory for the audit";
+    for (uint32_t i = 0; i < owned[NB_OWNER_DRIVER] && !wrong; i++) {
+        uint32_t index = ledger->free[i];
+        if (index >= ledger->region.count || ledger->buffers[index].owner != NB_OWNER_DRIVER)
+            wrong = "the free stack holds a buffer that is not free";
+        else if (seen[index])
+            wrong = "the free stack holds a buffer twice";
+        else
+            seen[index] = true;
+    }
+    free(seen);
+    return wrong;
+}
+
+/* `gathered`: buffers the device has completed that are still booked as its own. */
+static const char *audit_queue(const struct nb_virtqueue *queue, const struct nb_ledger *ledger, const uint32_t *gathered,
+                               uint32_t gathered_count)
+{
+    bool *seen = calloc(ledger->region.count, sizeof(*seen));
+    const char *wrong = seen ? NULL : "no memory for the audit";
+    uint32_t chains = 0, descriptors = 0;
+    for (uint32_t i = 0; i < gathered_count && !wrong; i++) {
+        if (seen[gathered[i]])
+            wrong = "a buffer was gathered twice";
+        seen[gathered[i]] = true;
+    }
+    for (uint32_t i = 0; i < queue->size && !wrong; i++) {
+        const struct nb_slot *slot = &queue->slots[i];
+        if (slot->length == 0)
+            continue;
+        chains++;
+        descriptors += slot->length;
+        if (slot->buffer >= ledger->region.count || ledger->buffers[slot->buffer].owner != NB_OWNER_DEVICE)
+            wrong = "a chain in flight carries a buffer that is not the device's";
+        else if (seen[slot->buffer])
+            wrong = "a buffer is in flight twice";
+        else
+            seen[slot->buffer] = true;
+    }
+    free(seen);
+    if (wrong)
+        return wrong;
+    if (chains != queue->chains_in_flight || chains != nb_virtqueue_in_flight(queue))
+        return "the chains in flight are not as many as counted";
+    if (chains + gathered_count != ledger->owned[NB_OWNER_DEVICE])
+        return "the device owns buffers that are not in flight";
+    if (descriptors + queue->free_count != queue->size)
+        return "a descriptor was lost";
+    uint32_t free_descriptors = 0;
+    for (uint16_t i = queue->free_head; free_descriptors < queue->free_count; i = queue->slots[i].next) {
+        if (i >= queue->size || queue->slots[i].length != 0)
+            return "the list of free descriptors is broken";
+        free_descriptors++;
+    }
+    return NULL;
+}
+
+const char *white_box_audit(const struct nb_pump *pump)
+{
+    uint32_t gathered[MAX_PIECES];
+    for (uint32_t i = 0; i < pump->pieces_gathered; i++)
+        gathered[i] = pump->pieces[i].buffer;
+    const char *wrong = audit_ledger(pump->config.rx_ledger);
+    if (!wrong)
+        wrong = audit_ledger(pump->config.tx_ledger);
+    if (!wrong)
+        wrong = audit_queue(pump->config.rx_queue, pump->config.rx_ledger, gathered, pump->pieces_gathered);
+    return wrong ? wrong : audit_queue(pump->config.tx_queue, pump->config.tx_ledger, NULL, 0);
+}

@@ -1,0 +1,525 @@
+/* Setting the world up and taking it down: see world.h. */
+#define _GNU_SOURCE
+#include "world.h"
+
+#include <fcntl.h>
+#include <poll.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <sys/mman.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "check.h"
+#include "white_box.h"
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#else
+#define ASAN_POISON_MEMORY_REGION(address, size) ((void)(address), (void)(size))
+#define ASAN_UNPOISON_MEMORY_REGION(address, size) ((void)(address), (void)(size))
+#endif
+
+enum { PAGE = 4096 };
+
+/* Far apart, and nothing like a pointer of this process. */
+static const uint64_t RX_IOVA = 0x10000000, TX_IOVA = 0x20000000, HEADER_IOVA = 0x30000000, RX_QUEUE_IOVA = 0x7fff000000,
+                      TX_QUEUE_IOVA = 0x40000000;
+
+double seconds_now(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (double)now.tv_sec + (double)now.tv_nsec / 1e9;
+}
+
+/* ---- Memory --------------------------------------------------------------------------------------------------- */
+
+static uint64_t whole_pages(uint64_t bytes) { return (bytes + PAGE - 1) & ~(uint64_t)(PAGE - 1); }
+
+/* Maps the file between two inaccessible pages; `bytes` end where the second begins, what is before them is poisoned. */
+static uint8_t *map_guarded(int fd, uint64_t bytes, int rights)
+{
+    uint64_t length = whole_pages(bytes);
+    uint8_t *reserved = mmap(NULL, length + 2 * PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    CHECK(reserved != MAP_FAILED);
+    uint8_t *mapped = mmap(reserved + PAGE, length, rights, MAP_SHARED | MAP_FIXED, fd, 0);
+    CHECK(mapped == reserved + PAGE);
+    ASAN_UNPOISON_MEMORY_REGION(mapped, length);
+    ASAN_POISON_MEMORY_REGION(mapped, length - bytes);
+    return mapped + (length - bytes);
+}
+
+static void unmap_guarded(uint8_t *at, uint64_t bytes)
+{
+    if (!at)
+        return;
+    uint64_t length = whole_pages(bytes);
+    uint8_t *mapped = at - (length - bytes);
+    ASAN_UNPOISON_MEMORY_REGION(mapped, length);
+    munmap(mapped - PAGE, length + 2 * PAGE);
+}
+
+enum { NOT_AT_ALL = -1, READ = PROT_READ, READ_WRITE = PROT_READ | PROT_WRITE };
+
+static struct shared share_memory(uint64_t bytes, int driver, int device, int client)
+{
+    struct shared memory = {.bytes = bytes};
+    int fd = memfd_create("test", MFD_CLOEXEC);
+    CHECK(fd >= 0 && ftruncate(fd, (off_t)whole_pages(bytes)) == 0);
+#if defined(__SANITIZE_THREAD__)
+    uint8_t *all = map_guarded(fd, bytes, READ_WRITE);
+    memory.driver = driver == NOT_AT_ALL ? NULL : all;
+    memory.device = device == NOT_AT_ALL ? NULL : all;
+    memory.client = client == NOT_AT_ALL ? NULL : all;
+#else
+    uint8_t **parties[] = {&memory.driver, &memory.device, &memory.client};
+    int rights[] = {driver, device, client};
+    for (int i = 0; i < 3; i++)
+        *parties[i] = rights[i] == NOT_AT_ALL ? NULL : map_guarded(fd, bytes, rights[i]);
+#endif
+    close(fd);
+    return memory;
+}
+
+static void stop_sharing(struct shared *memory)
+{
+#if defined(__SANITIZE_THREAD__)
+    unmap_guarded(memory->device ? memory->device : memory->driver, memory->bytes);
+#else
+    unmap_guarded(memory->driver, memory->bytes);
+    unmap_guarded(memory->device, memory->bytes);
+    unmap_guarded(memory->client, memory->bytes);
+#endif
+}
+
+/* Nobody has business in a headroom, but for the device's header at its end. */
+static void poison_headrooms(uint8_t *base, uint32_t count, uint32_t used_before_frame)
+{
+    for (uint32_t i = 0; base && i < count; i++)
+        ASAN_POISON_MEMORY_REGION(base + (uint64_t)i * STRIDE, (HEADROOM - used_before_frame) / 8 * 8);
+}
+
+static void poison_between(uint8_t *base, uint64_t from, uint64_t to)
+{
+    from = (from + 7) & ~(uint64_t)7;
+    ASAN_POISON_MEMORY_REGION(base + from, to - from);
+}
+
+static void poison_queue_gaps(uint8_t *base, const struct nb_virtqueue_layout *layout, uint16_t size)
+{
+    poison_between(base, layout->desc + 16u * size, layout->driver);
+    poison_between(base, layout->driver + 6 + 2u * size, layout->device);
+    poison_between(base, layout->device + 6 + 8u * size, layout->bytes);
+}
+
+/* ---- Opening -------------------------------------------------------------------------------------------------- */
+
+static uint32_t or_default(uint32_t value, uint32_t standard) { return value ? value : standard; }
+
+static uint32_t slots_for(uint32_t buffers)
+{
+    uint32_t slots = 1;
+    while (slots < buffers)
+        slots *= 2;
+    return slots;
+}
+
+static void open_memory(struct world *world)
+{
+    const struct world_config *config = &world->config;
+    CHECK_EQ(nb_virtqueue_layout(config->rx_size, &world->rx_layout), 0);
+    CHECK_EQ(nb_virtqueue_layout(config->tx_size, &world->tx_layout), 0);
+    world->rx = share_memory((uint64_t)config->rx_count * STRIDE, READ, READ_WRITE, READ);
+    world->tx = share_memory((uint64_t)config->tx_count * STRIDE, NOT_AT_ALL, READ, READ_WRITE);
+    world->header = share_memory(HEADER, NOT_AT_ALL, READ, NOT_AT_ALL);
+    world->rx_memory = share_memory(world->rx_layout.bytes, READ_WRITE, READ_WRITE, NOT_AT_ALL);
+    world->tx_memory = share_memory(world->tx_layout.bytes, READ_WRITE, READ_WRITE, NOT_AT_ALL);
+    for (int i = 0; i < 4; i++) {
+        uint32_t slots = slots_for(i < TX_ACTIVE ? config->rx_count : config->tx_count);
+        world->rings[i] = share_memory(sizeof(struct nb_ring_header) + slots * sizeof(struct nb_entry), READ_WRITE, NOT_AT_ALL,
+                                READ_WRITE);
+    }
+    poison_headrooms(world->rx.driver, config->rx_count, HEADER);
+    poison_headrooms(world->rx.device, config->rx_count, HEADER);
+    poison_headrooms(world->rx.client, config->rx_count, HEADER);
+    poison_headrooms(world->tx.device, config->tx_count, 0);
+    poison_headrooms(world->tx.client, config->tx_count, 0);
+    poison_queue_gaps(world->rx_memory.driver, &world->rx_layout, config->rx_size);
+    poison_queue_gaps(world->rx_memory.device, &world->rx_layout, config->rx_size);
+    poison_queue_gaps(world->tx_memory.driver, &world->tx_layout, config->tx_size);
+    poison_queue_gaps(world->tx_memory.device, &world->tx_layout, config->tx_size);
+}
+
+static int new_eventfd(void)
+{
+    int fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
+    CHECK(fd >= 0);
+    return fd;
+}
+
+static void open_fds(struct world *world)
+{
+    world->rx_irq_fd = world->tx_irq_fd = world->intx_fd = world->unmask_fd = -1;
+    if (world->config.intx) {
+        world->intx_fd = new_eventfd();
+        world->unmask_fd = new_eventfd();
+    } else {
+        world->rx_irq_fd = new_eventfd();
+        world->tx_irq_fd = world->config.one_vector ? world->rx_irq_fd : new_eventfd();
+    }
+    world->client_doorbell_fd = new_eventfd();
+    if (world->config.doorbell_is_a_pipe) {
+        int ends[2];
+        CHECK_EQ(pipe2(ends, O_NONBLOCK | O_CLOEXEC), 0);
+        world->client_end_of_doorbell_fd = ends[0];
+        world->driver_doorbell_fd = ends[1];
+    } else {
+        world->driver_doorbell_fd = world->client_end_of_doorbell_fd = new_eventfd();
+    }
+    world->control_fd = new_eventfd();
+    world->client_control_fd = new_eventfd();
+}
+
+static void close_fds(struct world *world)
+{
+    int fds[] = {world->rx_irq_fd,          world->config.one_vector ? -1 : world->tx_irq_fd,
+                 world->intx_fd,            world->unmask_fd,
+                 world->client_doorbell_fd, world->driver_doorbell_fd,
+                 world->control_fd,         world->client_control_fd,
+                 world->config.doorbell_is_a_pipe ? world->client_end_of_doorbell_fd : -1};
+    for (size_t i = 0; i < sizeof(fds) / sizeof(fds[0]); i++)
+        if (fds[i] >= 0)
+            close(fds[i]);
+}
+
+static struct nb_ring_place place_ring(const struct world *world, int ring, bool client)
+{
+    const struct shared *memory = &world->rings[ring];
+    return (struct nb_ring_place){
+        .header = (struct nb_ring_header *)(client ? memory->client : memory->driver),
+        .slots = (uint32_t)((memory->bytes - sizeof(struct nb_ring_header)) / sizeof(struct nb_entry)),
+    };
+}
+
+static void open_device(struct world *world)
+{
+    struct fake_device *device = &world->device;
+    *device = (struct fake_device){
+        .header_bytes = HEADER,
+        .merges = world->config.max_pieces > 1,
+        .intx_fd = world->intx_fd,
+        .unmask_fd = world->unmask_fd,
+        .isr = &world->isr,
+    };
+    fake_window_add(device, (struct fake_window){RX_IOVA, world->rx.device, world->rx.bytes, STRIDE, true, true});
+    fake_window_add(device, (struct fake_window){TX_IOVA, world->tx.device, world->tx.bytes, STRIDE, true, false});
+    fake_window_add(device, (struct fake_window){HEADER_IOVA, world->header.device, HEADER, 0, true, false});
+    fake_window_add(device, (struct fake_window){RX_QUEUE_IOVA, world->rx_memory.device, world->rx_memory.bytes, 0, true, true});
+    fake_window_add(device, (struct fake_window){TX_QUEUE_IOVA, world->tx_memory.device, world->tx_memory.bytes, 0, true, true});
+    fake_attach(device, &device->rx,
+                (struct fake_queue_place){RX_QUEUE_IOVA + world->rx_layout.desc, RX_QUEUE_IOVA + world->rx_layout.driver,
+                                          RX_QUEUE_IOVA + world->rx_layout.device, world->config.rx_size,
+                                          &world->rx_notify, world->rx_irq_fd});
+    fake_attach(device, &device->tx,
+                (struct fake_queue_place){TX_QUEUE_IOVA + world->tx_layout.desc, TX_QUEUE_IOVA + world->tx_layout.driver,
+                                          TX_QUEUE_IOVA + world->tx_layout.device, world->config.tx_size,
+                                          &world->tx_notify, world->tx_irq_fd});
+    device->rx.available_taken = device->rx.used_index = world->config.queue_index;
+    device->tx.available_taken = device->tx.used_index = world->config.queue_index;
+}
+
+static struct nb_ledger *new_ledger(uint8_t *base, uint64_t iova, uint32_t count, uint8_t id)
+{
+    struct nb_ledger *ledger = nb_ledger_new(&(struct nb_region){.base = base,
+                                                                 .iova = iova,
+                                                                 .count = count,
+                                                                 .stride = STRIDE,
+                                                                 .headroom = HEADROOM,
+                                                                 .session = SESSION,
+                                                                 .id = id});
+    CHECK(ledger != NULL);
+    return ledger;
+}
+
+static void open_pump(struct world *world)
+{
+    const struct world_config *config = &world->config;
+    world->rx_queue = nb_virtqueue_new(0, config->rx_size, world->rx_memory.driver, &world->rx_notify);
+    world->tx_queue = nb_virtqueue_new(1, config->tx_size, world->tx_memory.driver, &world->tx_notify);
+    world->rx_ledger = new_ledger(world->rx.driver, RX_IOVA, config->rx_count, NB_REGION_RX);
+    world->tx_ledger = new_ledger(world->tx.driver, TX_IOVA, config->tx_count, NB_REGION_TX);
+    world->pump_config = (struct nb_pump_config){
+        .rx_queue = world->rx_queue,
+        .tx_queue = world->tx_queue,
+        .rx_ledger = world->rx_ledger,
+        .tx_ledger = world->tx_ledger,
+        .rx_active = place_ring(world, RX_ACTIVE, false),
+        .rx_free = place_ring(world, RX_FREE, false),
+        .tx_active = place_ring(world, TX_ACTIVE, false),
+        .tx_done = place_ring(world, TX_DONE, false),
+        .tx_header_iova = HEADER_IOVA,
+        .net_header_bytes = HEADER,
+        .rx_max_pieces = config->max_pieces,
+        .rx_client_limit = config->client_limit,
+        .burst = config->burst,
+        .spin_ns = config->spin_ns,
+        .rx_irq_fd = world->rx_irq_fd,
+        .tx_irq_fd = world->tx_irq_fd,
+        .intx_fd = world->intx_fd,
+        .intx_unmask_fd = world->unmask_fd,
+        .isr_status = config->intx ? &world->isr : NULL,
+        .client_doorbell_fd = world->client_doorbell_fd,
+        .driver_doorbell_fd = world->driver_doorbell_fd,
+        .control_fd = world->control_fd,
+        .counters = &world->counters,
+    };
+    world->pump = nb_pump_new(&world->pump_config);
+    CHECK(world->pump != NULL);
+    white_box_start_at(world->pump, config->ring_position, config->queue_index);
+}
+
+static void open_client(struct world *world)
+{
+    struct nb_client *client = &world->client;
+    *client = (struct nb_client){
+        .rx_active = place_ring(world, RX_ACTIVE, true),
+        .rx_free = place_ring(world, RX_FREE, true),
+        .tx_active = place_ring(world, TX_ACTIVE, true),
+        .tx_done = place_ring(world, TX_DONE, true),
+        .rx_base = world->rx.client,
+        .tx_base = world->tx.client,
+        .rx_count = world->config.rx_count,
+        .tx_count = world->config.tx_count,
+        .rx_stride = STRIDE,
+        .tx_stride = STRIDE,
+        .headroom = HEADROOM,
+        .continuation_offset = HEADROOM - HEADER,
+        .client_doorbell_fd = world->client_doorbell_fd,
+        .driver_doorbell_fd = world->client_end_of_doorbell_fd,
+    };
+    CHECK_EQ(nb_client_init(client), 0);
+    client->rx_active_taken = client->rx_free_put = world->config.ring_position;
+    client->tx_active_put = client->tx_done_taken = world->config.ring_position;
+}
+
+void world_open(struct world *world, struct world_config config)
+{
+    config.rx_size = (uint16_t)or_default(config.rx_size, 64);
+    config.tx_size = (uint16_t)or_default(config.tx_size, 64);
+    config.rx_count = or_default(config.rx_count, 128);
+    config.tx_count = or_default(config.tx_count, 64);
+    config.max_pieces = or_default(config.max_pieces, 1);
+    config.client_limit = or_default(config.client_limit, config.rx_count);
+    config.burst = or_default(config.burst, 64);
+    *world = (struct world){.config = config};
+    open_memory(world);
+    open_fds(world);
+    open_device(world);
+    open_pump(world);
+    open_client(world);
+    nb_pump_prime(world->pump);
+}
+
+void world_close(struct world *world)
+{
+    if (world->device.violation[0])
+        FAIL("the device saw: %s", world->device.violation);
+    world_check_books(world);
+    nb_pump_free(world->pump);
+    nb_ledger_free(world->rx_ledger);
+    nb_ledger_free(world->tx_ledger);
+    nb_virtqueue_free(world->rx_queue);
+    nb_virtqueue_free(world->tx_queue);
+    fake_detach(&world->device);
+    close_fds(world);
+    struct shared *all[] = {&world->rx,        &world->tx,        &world->header,   &world->rings[0], &world->rings[1],
+                            &world->rings[2], &world->rings[3], &world->rx_memory, &world->tx_memory};
+    for (size_t i = 0; i < sizeof(all) / sizeof(all[0]); i++)
+        stop_sharing(all[i]);
+}
+
+void world_check_books(const struct world *world)
+{
+    const char *wrong = white_box_audit(world->pump);
+    if (wrong)
+        FAIL("the books: %s", wrong);
+}
+
+/* ---- Running the pump ----------------------------------------------------------------------------------------- */
+
+struct nb_pump_result world_pump(struct world *world)
+{
+    struct nb_pump_result result;
+    eventfd_t value;
+    uint64_t sleeps = world->counters.sleeps;
+    CHECK_EQ(eventfd_write(world->control_fd, 1), 0);
+    do
+        nb_pump_run(world->pump, &result);
+    while (result.event == NB_EVENT_CONTROL && world->counters.sleeps == sleeps);
+    CHECK_EQ(eventfd_read(world->control_fd, &value), 0);
+    return result;
+}
+
+void world_pump_idle(struct world *world)
+{
+    struct nb_pump_result result = world_pump(world);
+    if (result.event != NB_EVENT_CONTROL)
+        FAIL("the pump came back with event %d, detail %d", result.event, result.detail);
+    if (world->device.violation[0])
+        FAIL("the device saw: %s", world->device.violation);
+    world_check_books(world);
+}
+
+static void expect_counted(const uint64_t *counters, int count, int which)
+{
+    for (int i = 0; i < count; i++)
+        CHECK_EQ(counters[i], i == which);
+}
+
+void world_expect_client_fault(struct world *world, enum nb_refusal refusal)
+{
+    struct nb_pump_result result = world_pump(world);
+    CHECK_EQ(result.event, NB_EVENT_CLIENT_FAULT);
+    CHECK_EQ(result.detail, refusal);
+    expect_counted(world->counters.refused_handles, NB_REFUSALS, (int)refusal);
+    expect_counted(world->counters.device_faults, NB_FAULTS, -1);
+    world_check_books(world);
+}
+
+void world_expect_device_fault(struct world *world, enum nb_device_fault fault)
+{
+    struct nb_pump_result result = world_pump(world);
+    CHECK_EQ(result.event, NB_EVENT_DEVICE_FAULT);
+    CHECK_EQ(result.detail, fault);
+    expect_counted(world->counters.device_faults, NB_FAULTS, (int)fault);
+    expect_counted(world->counters.refused_handles, NB_REFUSALS, -1);
+}
+
+static void *run_pump(void *argument)
+{
+    struct world *world = argument;
+    struct timespec cpu;
+    nb_pump_run(world->pump, &world->result);
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &cpu);
+    world->pump_cpu_seconds = (double)cpu.tv_sec + (double)cpu.tv_nsec / 1e9;
+    __atomic_store_n(&world->pump_came_back, true, __ATOMIC_RELEASE);
+    return NULL;
+}
+
+void world_start_pump(struct world *world)
+{
+    world->pump_came_back = false;
+    CHECK_EQ(pthread_create(&world->pump_thread, NULL, run_pump, world), 0);
+}
+
+void world_stop_pump(struct world *world)
+{
+    eventfd_t value;
+    CHECK_EQ(eventfd_write(world->control_fd, 1), 0);
+    CHECK_EQ(pthread_join(world->pump_thread, NULL), 0);
+    CHECK_EQ(eventfd_read(world->control_fd, &value), 0);
+}
+
+/* ---- Frames --------------------------------------------------------------------------------------------------- */
+
+static uint8_t frame_byte(uint64_t number, uint32_t at)
+{
+    return (uint8_t)(number * 167 + (number >> 8) * 59 + at * 7 + (at >> 8) * 3);
+}
+
+void frame_make(uint8_t *frame, uint64_t number, uint32_t len)
+{
+    for (uint32_t i = 0; i < len; i++)
+        frame[i] = frame_byte(number, i);
+}
+
+bool frame_is(const uint8_t *frame, uint64_t number, uint32_t len, bool reflected)
+{
+    for (uint32_t i = 0; i < len; i++) {
+        uint32_t original = !reflected || i >= 12 ? i : i < 6 ? i + 6 : i - 6;
+        if (frame[i] != frame_byte(number, original))
+            return false;
+    }
+    return true;
+}
+
+uint32_t frame_length(uint64_t number)
+{
+    return SHORTEST + (uint32_t)(number * 389 % (ROOM - SHORTEST + 1));
+}
+
+void deliver(struct world *world, uint64_t number, uint32_t len)
+{
+    uint8_t frame[65536];
+    CHECK(len <= sizeof(frame));
+    frame_make(frame, number, len);
+    if (!fake_deliver(&world->device, frame, len))
+        FAIL("the device cannot deliver %u bytes with %u buffers available%s%s", len, fake_available(&world->device.rx),
+             world->device.violation[0] ? ": " : "", world->device.violation);
+}
+
+struct nb_piece receive_one(struct world *world, uint64_t number, uint32_t len)
+{
+    struct nb_piece piece;
+    CHECK_EQ(nb_client_receive(&world->client, &piece, 1), 1);
+    CHECK_EQ(piece.flags, 0);
+    CHECK_EQ(piece.len, len);
+    CHECK(frame_is(piece.data, number, len, false));
+    return piece;
+}
+
+void release_one(struct world *world, struct nb_piece piece)
+{
+    nb_client_release(&world->client, &piece, 1);
+    nb_client_flush(&world->client);
+}
+
+struct nb_piece send_one(struct world *world, uint64_t number, uint32_t len)
+{
+    struct nb_piece piece;
+    CHECK_EQ(nb_client_allocate(&world->client, &piece, 1), 1);
+    CHECK_EQ(piece.len, ROOM);
+    frame_make(piece.data, number, len);
+    piece.len = len;
+    piece.flags = 0;
+    nb_client_send(&world->client, &piece, 1);
+    nb_client_flush(&world->client);
+    return piece;
+}
+
+void transmit_one(struct world *world, uint64_t number, uint32_t len)
+{
+    uint8_t frame[65536];
+    uint32_t sent;
+    struct fake_chain chain;
+    CHECK(fake_collect(&world->device, &chain, frame, &sent));
+    CHECK_EQ(sent, len);
+    CHECK(frame_is(frame, number, len, false));
+    fake_complete(&world->device, &chain);
+}
+
+/* ---- A client without rules ----------------------------------------------------------------------------------- */
+
+void forge_entry(struct world *world, enum world_ring ring, uint32_t position, struct nb_entry entry)
+{
+    struct nb_ring_place place = place_ring(world, ring, true);
+    ((struct nb_entry *)(place.header + 1))[position & (place.slots - 1)] = entry;
+}
+
+void forge_produced(struct world *world, enum world_ring ring, uint32_t produced)
+{
+    __atomic_store_n(&place_ring(world, ring, true).header->produced, produced, __ATOMIC_RELEASE);
+}
+
+uint64_t forge_handle(uint16_t session, uint16_t lease, uint8_t region, uint32_t index)
+{
+    return (uint64_t)session << 48 | (uint64_t)lease << 32 | (uint64_t)region << 24 | index;
+}
+
+bool is_rung(int doorbell_fd)
+{
+    struct pollfd look = {.fd = doorbell_fd, .events = POLLIN};
+    return poll(&look, 1, 0) == 1;
+}

@@ -86,6 +86,9 @@ def _connect_once(path: str, name: str, timeout: float) -> Client:
             except BadGeometry as error:
                 control.send(Bye(Reason.GEOMETRY, str(error)).pack())
                 raise BadGeometry(f"the driver's offer does not hold together: {error}") from None
+            except PortError as error:
+                control.send(Bye(Reason.FAILED, str(error)).pack())
+                raise
             received.pop_all()
         stack.pop_all()
     try:

@@ -52,11 +52,26 @@ class SealedMemory:
 class OfferedSession:
     """A session with its memory."""
 
-    def __init__(self, number: int = 7, *, rx_count: int = 8, tx_count: int = 4, rx_limit: int | None = None) -> None:
-        self.rx = SealedMemory(rx_count * STRIDE)
+    def __init__(
+        self,
+        number: int = 7,
+        *,
+        rx_count: int = 8,
+        tx_count: int = 4,
+        rx_limit: int | None = None,
+        rx_read_only: bool = False,
+    ) -> None:
+        self.rx = SealedMemory(rx_count * STRIDE, seals=0)
         self.tx = SealedMemory(max(4096, tx_count * STRIDE))
         self.session = PortSession(
-            number, self.rx, self.tx, rx_count=rx_count, tx_count=tx_count, stride=STRIDE, rx_limit=rx_limit
+            number,
+            self.rx,
+            self.tx,
+            rx_count=rx_count,
+            tx_count=tx_count,
+            stride=STRIDE,
+            rx_limit=rx_limit,
+            rx_read_only=rx_read_only,
         )
 
     def close(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import mmap
 import os
 import socket
 import struct
@@ -25,14 +26,13 @@ from tests.unit.port_fakes import (
     FACTS,
     MAC,
     STRIDE,
+    FakeRings,
     OfferedSession,
     RawClient,
     SealedMemory,
     ServedPort,
     open_fds,
 )
-
-SEAL_FUTURE_WRITE = 0x10
 
 
 @pytest.fixture
@@ -396,29 +396,32 @@ def connect_or_later(path: Path, says: str) -> Iterator[None]:
     yield
 
 
-def test_a_region_said_to_be_read_only_is_mapped_so(path: Path) -> None:
-    with OfferedSession() as offered:
-        # The driver keeps the mapping it has; nobody can make another one to write through.
-        rx_fd = os.memfd_create("rx", os.MFD_ALLOW_SEALING)
-        os.ftruncate(rx_fd, offered.rx.size)
-        fcntl.fcntl(rx_fd, fcntl.F_ADD_SEALS, SEALS | SEAL_FUTURE_WRITE)
-        fds = list(offered.session.fds())
-        fds[1] = rx_fd
+def test_a_read_only_rx_region_is_read_only(path: Path) -> None:
+    with OfferedSession(rx_read_only=True) as offered, serving(path, offered) as port:
+        driver = FakeRings(offered)
+        with connect(path) as client:
+            port.await_event()
+            # The driver's own mapping is older than the seal.
+            driver.deliver(b"x" * 60)
+            with client.receive(timeout=0)[0] as frame:
+                assert bytes(frame.data) == b"x" * 60
+            client.send_bytes(bytes(60))
+            assert driver.take_sent() == [bytes(60)]
+            client_fd = client._fds[1]
+            with pytest.raises(PermissionError):
+                mmap.mmap(client_fd, offered.rx.size)
+            with pytest.raises(PermissionError):
+                os.pwrite(client_fd, b"y", 64)
+            mmap.mmap(client_fd, offered.rx.size, prot=mmap.PROT_READ).close()
+
+
+def test_a_region_said_to_be_writable_that_is_not_is_refused(path: Path) -> None:
+    with OfferedSession(rx_read_only=True) as offered:
         welcome = welcome_of(offered)
-        geometry = welcome.geometry._replace(rx=welcome.geometry.rx._replace(read_only=True))
-
-        def answer_with(said: Welcome) -> Callable[[socket.socket], object]:
-            return lambda connection: socket.send_fds(connection, [said.pack()], fds)
-
-        with LyingDriver(path, answer_with(welcome._replace(geometry=geometry))), connect(path) as client:
-            maps = Path("/proc/self/maps").read_text(encoding="utf-8")
-            assert [line.split()[1] for line in maps.splitlines() if "memfd:rx" in line] == ["r--s"]
-            assert client.room == STRIDE - 64
-        path.unlink()
-        with LyingDriver(path, answer_with(welcome)):
-            with pytest.raises(PortError, match="cannot map"):
-                connect(path)
-        os.close(rx_fd)
+        geometry = welcome.geometry._replace(rx=welcome.geometry.rx._replace(read_only=False))
+        error, bye = refused(path, welcome._replace(geometry=geometry).pack(), offered.session.fds())
+        assert "cannot map" in str(error)
+        assert bye.reason is Reason.FAILED
 
 
 def test_a_raw_client_and_the_library_see_the_same_welcome(path: Path) -> None:

@@ -5,6 +5,7 @@ The server is called from the test itself, as the pump's owner calls it: wait fo
 
 from __future__ import annotations
 
+import fcntl
 import os
 import random
 import resource
@@ -681,17 +682,20 @@ def test_a_listener_opened_by_somebody_else_stays_theirs(path: Path) -> None:
 # ---- The session's own checks
 
 
-def test_a_session_is_not_made_of_memory_that_could_shrink() -> None:
+def test_a_session_is_not_made_of_what_does_not_hold() -> None:
     before = open_fds()
-    good, bad = SealedMemory(4 * STRIDE), SealedMemory(4 * STRIDE, seals=0)
+    good = SealedMemory(4 * STRIDE)
+    half_sealed = SealedMemory(4 * STRIDE, seals=fcntl.F_SEAL_SEAL)
     with pytest.raises(BadGeometry, match="rx region: not sealed"):
-        PortSession(1, bad, good, rx_count=4, tx_count=4, stride=STRIDE)
+        PortSession(1, half_sealed, good, rx_count=4, tx_count=4, stride=STRIDE)
+    with pytest.raises(BadGeometry, match=r"rx region: not sealed .F_SEAL_FUTURE_WRITE missing"):
+        PortSession(1, good, good, rx_count=4, tx_count=4, stride=STRIDE, rx_read_only=True)
     with pytest.raises(BadGeometry, match="do not fit"):
         PortSession(1, good, good, rx_count=5, tx_count=4, stride=STRIDE)
     with pytest.raises(ValueError, match="session number 0"):
         PortSession(0, good, good, rx_count=4, tx_count=4, stride=STRIDE)
     good.close()
-    bad.close()
+    half_sealed.close()
     assert open_fds() == before
 
 

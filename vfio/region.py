@@ -101,7 +101,8 @@ def mappable_areas(info: RegionInfo, msix_table: Area | None, page: int = mmap.P
         return areas
     if msix_table is None or info.msix_mappable:
         return (Area(0, info.size),)
-    before = msix_table.offset // page * page
+    # The device says where its table is, and may name a place that the BAR does not have.
+    before = min(info.size, msix_table.offset // page * page)
     behind = min(info.size, (msix_table.end + page - 1) // page * page)
     return tuple(area for area in (Area(0, before), Area(behind, info.size - behind)) if area.size)
 

@@ -7,6 +7,7 @@ import gc
 import mmap
 import os
 import re
+from pathlib import Path
 
 import pytest
 
@@ -18,7 +19,7 @@ SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 def mapped_at(address: int) -> str | None:
     """The line of /proc/self/maps that covers an address."""
-    with open("/proc/self/maps", encoding="ascii") as maps:
+    with Path("/proc/self/maps").open(encoding="ascii") as maps:
         for line in maps:
             first, last = (int(word, 16) for word in line.split()[0].split("-"))
             if first <= address < last:
@@ -85,7 +86,7 @@ def test_anonymous_memory_is_not_inherited_and_has_no_fd() -> None:
     with vfio.Memory.anonymous(3 * 4096) as memory:
         assert memory.size == 3 * 4096
         memory.view[8191] = 9
-        with pytest.raises(vfio.VfioError, match="use Memory.memfd"):
+        with pytest.raises(vfio.VfioError, match=r"use Memory.memfd"):
             _ = memory.fd
         child = os.fork()
         if child == 0:
@@ -135,9 +136,9 @@ def test_a_huge_page_size_that_does_not_exist() -> None:
 @pytest.mark.parametrize("make", [vfio.Memory.hugetlb, lambda size: vfio.Memory.anonymous(size, huge=True)])
 def test_huge_pages_that_are_not_reserved_are_explained(make: object) -> None:
     before = open_fds()
-    with pytest.raises(vfio.VfioError, match="huge page|no pages of that size") as caught:
+    with pytest.raises(vfio.VfioError, match=r"huge page|no pages of that size") as caught:
         make(1 << 45)  # type: ignore[operator]
     assert open_fds() == before
-    if os.path.exists("/sys/kernel/mm/hugepages/hugepages-2048kB"):
+    if Path("/sys/kernel/mm/hugepages/hugepages-2048kB").exists():
         assert "16777216 huge pages are needed" in str(caught.value)
         assert "echo 16777216 > /sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages" in str(caught.value)

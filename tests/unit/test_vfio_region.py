@@ -6,6 +6,7 @@ import mmap
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -20,7 +21,7 @@ BASE = 0x10000
 Area = vfio.Area
 
 
-def info(size: int, **changes: object) -> vfio.RegionInfo:
+def info(size: int, **changes: Any) -> vfio.RegionInfo:
     return vfio.RegionInfo(2, size, BASE, True, True, True)._replace(**changes)
 
 
@@ -139,7 +140,7 @@ def test_the_hole_goes_through_the_file(registers: Registers) -> None:
 @pytest.mark.parametrize("offset", [0x2000, 0x203C])
 def test_the_msix_table_is_the_kernels(registers: Registers, offset: int, mappable: bool) -> None:
     with registers.bar(table=Area(0x2000, 0x40), msix_mappable=mappable) as bar:
-        with pytest.raises(vfio.VfioError, match="MSI-X table, which the kernel keeps.*enable_msix"):
+        with pytest.raises(vfio.VfioError, match=r"MSI-X table, which the kernel keeps.*enable_msix"):
             bar.write32(offset, 1)
         bar.write32(0x2040, 1)
         bar.write32(0x1FFC, 1)
@@ -150,7 +151,7 @@ def test_an_address_for_c(registers: Registers) -> None:
         where = bar.address(0x3008)
         assert where == bar.address(0) + 0x3008
         bar.write32(0x3008, 0x5A5A5A5A)
-        with open("/proc/self/mem", "rb", buffering=0) as memory:
+        with Path("/proc/self/mem").open("rb", buffering=0) as memory:
             memory.seek(where)
             assert memory.read(4) == b"\x5a" * 4
 

@@ -23,10 +23,10 @@ BAR_STEP = 0x100000
 def open_fds() -> set[str]:
     """The file descriptors of this process, apart from the one that lists them."""
     found = set()
-    for fd in os.listdir("/proc/self/fd"):
+    for fd in Path("/proc/self/fd").iterdir():
         try:
-            os.readlink(f"/proc/self/fd/{fd}")
-            found.add(fd)
+            fd.readlink()
+            found.add(fd.name)
         except OSError:
             continue
     return found
@@ -168,8 +168,8 @@ class FakeKernel:
             raise OSError(self.fail_at[1], os.strerror(self.fail_at[1]))
         if request in self.fail:
             raise OSError(self.fail[request], os.strerror(self.fail[request]))
-        # Some numbers mean one thing to a device and another to a container. A closed descriptor fails here, as it should.
-        to_device = os.readlink(f"/proc/self/fd/{fd}") == str(self.device)
+        # Some numbers mean one thing to a device, another to a container. A closed descriptor fails here, as it should.
+        to_device = Path(f"/proc/self/fd/{fd}").readlink() == self.device
         handler = (self._device_handlers if to_device else self._handlers).get(request)
         if handler is None:
             raise OSError(errno.ENOTTY, "fake")
@@ -226,15 +226,11 @@ class FakeKernel:
         if room < total:
             return 0
         info.cap_offset = ranges_at
-        cap = ffi.from_buffer(
-            "struct vfio_iommu_type1_info_cap_iova_range *", memoryview(argument)[ranges_at:], require_writable=True
-        )
+        cap = _view("vfio_iommu_type1_info_cap_iova_range", memoryview(argument)[ranges_at:])
         cap.header.id, cap.header.version, cap.header.next, cap.nr_iovas = 1, 1, avail_at, len(self.ranges)
         for i, (start, end) in enumerate(self.ranges):
             cap.iova_ranges[i].start, cap.iova_ranges[i].end = start, end
-        avail = ffi.from_buffer(
-            "struct vfio_iommu_type1_info_dma_avail *", memoryview(argument)[avail_at:], require_writable=True
-        )
+        avail = _view("vfio_iommu_type1_info_dma_avail", memoryview(argument)[avail_at:])
         avail.header.id, avail.header.version, avail.avail = 3, 1, self.avail
         return 0
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from qemu.cache import cache_root
 from qemu.errors import AcceleratorUnavailable
 
 VARIABLE = "QEMU_GUEST_ACCEL"
@@ -36,12 +37,6 @@ class Accelerator:
 
     def __str__(self) -> str:
         return f"{self.name} ({self.reason})"
-
-
-def cache_directory() -> Path:
-    if own := os.environ.get("VFIO_GUESTS_CACHE"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vfio-guests"
 
 
 def wanted_accelerator(argument: str | None, environ: Mapping[str, str] = os.environ) -> str:
@@ -80,6 +75,27 @@ def choose_accelerator(
     return Accelerator("kvm", f"{device} opens; no guest has run under it yet", proven=False)
 
 
+def expectation(
+    wanted: str | None = None,
+    *,
+    cache: Path | None = None,
+    device: Path = KVM,
+    environ: Mapping[str, str] = os.environ,
+) -> str:
+    """What can be said of the choice before it is known which kernel it is for: for a line at the start of a run."""
+    word = wanted_accelerator(wanted, environ)
+    if word != "auto":
+        return f"{word} (demanded)"
+    if obstacle := _cannot_open(device):
+        return f"tcg (kvm: {obstacle})"
+    verdicts = sorted(_verdicts(cache).glob(f"{_boot()}-*.json"), key=lambda path: path.stat().st_mtime)
+    for path in verdicts[-1:]:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            verdict = json.loads(path.read_text())
+            return f"{verdict['name']} ({verdict['reason']})"
+    return f"auto ({device} opens; the first guest will show whether it runs guests)"
+
+
 def remember(
     accelerator: Accelerator, *, kernel: Path, program: str = "qemu-system-x86_64", cache: Path | None = None
 ) -> None:
@@ -102,13 +118,23 @@ def _cannot_open(device: Path) -> str | None:
     return None
 
 
+def _verdicts(cache: Path | None) -> Path:
+    return (cache or cache_root()) / "accel"
+
+
+def _boot() -> str:
+    """What tells this boot of the host from any other."""
+    try:
+        return BOOT_ID.read_text().strip()
+    except OSError:
+        return "unknown"
+
+
 def _verdict(kernel: Path, program: str, cache: Path | None) -> Path:
     digest = hashlib.sha256()
-    with contextlib.suppress(OSError):
-        digest.update(BOOT_ID.read_bytes())
     digest.update(kernel.read_bytes())
     binary = shutil.which(program)
     if binary is not None:
         status = Path(binary).stat()
         digest.update(f"{Path(binary).resolve()} {status.st_size} {status.st_mtime_ns}".encode())
-    return (cache or cache_directory()) / "accel" / f"{digest.hexdigest()[:32]}.json"
+    return _verdicts(cache) / f"{_boot()}-{digest.hexdigest()[:24]}.json"

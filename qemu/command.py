@@ -119,6 +119,11 @@ def netdev_id(nic: Nic) -> str:
     return f"net-{nic.id}"
 
 
+def default_mac(index: int) -> str:
+    """The address of the NIC that is number `index`, unless it says another."""
+    return f"52:54:00:12:34:{0x56 + index:02x}"
+
+
 def device(driver: str, **properties: str | int) -> str:
     """The value of -device; underscores in the names of arguments stand for themselves."""
     return ",".join((driver, *(f"{name}={value}" for name, value in properties.items())))
@@ -130,7 +135,7 @@ def nic_device(nic: Nic, index: int, machine: Machine) -> list[str]:
     properties: dict[str, str | int] = {
         "id": nic.id,
         "netdev": netdev_id(nic),
-        "mac": nic.mac or f"52:54:00:12:34:{0x56 + index:02x}",
+        "mac": nic.mac or default_mac(index),
         "disable-legacy": "on",
         "iommu_platform": "on",
         "romfile": "",  # an option ROM costs firmware time and serves nothing here

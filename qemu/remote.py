@@ -1,0 +1,162 @@
+"""Runs tests inside a guest, one by one, in one pytest process that stays; the reports come back as plain data.
+
+The guest's end is images/remote_pytest.py. That process dying, hanging or being killed with its guest is the
+failure of the test that ran; the next test gets a new process.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qemu.agent import CommandError, GuestProcess
+from qemu.guest import Guest
+
+HOME = "/run/harness"
+PLUGIN = Path(__file__).parents[1] / "images" / "remote_pytest.py"
+START_SECONDS = 60.0
+DIE_SECONDS = 5.0
+
+
+@dataclass
+class Report:
+    """One phase of one test: the fields of pytest's own report that survive as text."""
+
+    nodeid: str
+    when: str
+    outcome: str
+    duration: float = 0.0
+    longrepr: str | tuple[str, str, str] | None = None
+    crash: tuple[str, int, str] | None = None
+    """File, line and message of the failure."""
+    sections: list[tuple[str, str]] = field(default_factory=list)
+    wasxfail: str | None = None
+    properties: list[tuple[str, str]] = field(default_factory=list)
+
+
+class RemoteTests:
+    """A resident pytest in `guest`, which has collected `paths` below `root`, the guest's copy of the project.
+
+    `configuration` is the host's file of pytest settings, used there too; `log` gets what it prints besides reports.
+    """
+
+    def __init__(self, guest: Guest, paths: Sequence[str], *, root: str, log: Path, configuration: Path | None = None):
+        self.guest = guest
+        self._paths = list(paths)
+        self._root = root
+        self._log = log
+        self._configuration = configuration
+        self._process: GuestProcess | None = None
+        self._position = 0
+        self._partial = b""
+
+    def run(self, nodeid: str, following: str | None, timeout: float) -> list[Report]:
+        """Run one test. `following` is the one that comes next, so that what both use is kept for it.
+
+        Every trouble ends in a report of a failure, except that GuestLost is raised when the guest is gone.
+        """
+        reports: list[Report] = []
+        try:
+            if self._process is None or not self._process.running:
+                self._start()
+            assert self._process is not None
+            self._process.write(json.dumps({"run": nodeid, "next": following}).encode() + b"\n")
+            while True:
+                event = self._event(timeout)
+                if event is None:
+                    return [*reports, self._died(nodeid, reports, "the guest's pytest died")]
+                if event["event"] == "report":
+                    reports.append(_report(event))
+                elif event["event"] == "unknown":
+                    errors = "\n".join(event["errors"]) or "the code disk has another version of the file?"
+                    text = f"the guest's pytest did not collect this test:\n{errors}"
+                    return [Report(nodeid, "setup", "failed", longrepr=text, crash=("", 0, text.splitlines()[0]))]
+                elif event["event"] == "done":
+                    return reports
+        except CommandError:
+            # Its own answer to SIGABRT is the traceback of every thread, on stderr.
+            if self._process is not None:
+                self._process.kill(signal.SIGABRT)
+                try:
+                    self._process.wait(DIE_SECONDS)
+                except CommandError:
+                    self._process.kill()
+            return [*reports, self._died(nodeid, reports, f"not done in the guest within {timeout:g} s")]
+
+    def _start(self) -> None:
+        self.guest.put(PLUGIN, f"{HOME}/{PLUGIN.name}")
+        options = ["-p", PLUGIN.stem, "-p", "no:cacheprovider", f"--rootdir={self._root}"]
+        if self._configuration is not None:
+            self.guest.put(self._configuration, f"{HOME}/{self._configuration.name}")
+            options += ["-c", f"{HOME}/{self._configuration.name}"]
+        self._position, self._partial = 0, b""
+        self._process = self.guest.start(
+            ["python3", "-m", "pytest", *options, *self._paths],
+            cwd=self._root,
+            env={"PYTHONPATH": f"{HOME}:{self._root}", "PYTHONDONTWRITEBYTECODE": "1"},
+            stdin=True,
+        )
+        self._event(START_SECONDS)
+
+    def _event(self, timeout: float) -> dict[str, Any] | None:
+        """The next event; None when the process has ended."""
+        assert self._process is not None
+        while b"\n" not in self._partial:
+            data, self._position = self._process.read(self._position, timeout=timeout)
+            if not data:
+                return None
+            self._partial += data
+        line, _, self._partial = self._partial.partition(b"\n")
+        event: dict[str, Any] = json.loads(line)
+        return event
+
+    def _died(self, nodeid: str, reports: Sequence[Report], what: str) -> Report:
+        """A report of the phase that was under way when the process was lost."""
+        process = self._process
+        assert process is not None
+        self._keep_log()
+        self._process = None
+        phases = ("setup", "call", "teardown")
+        when = phases[min(len(reports), 2)]
+        words = "\n".join(process.stderr.rstrip().splitlines()[-60:])
+        ended = "" if process.returncode is None else f" (exit code {process.returncode})"
+        text = f"{what}{ended}\n--- end of what it said\n{words}"
+        return Report(nodeid, when, "failed", longrepr=text, crash=("", 0, f"{what}{ended}"))
+
+    def _keep_log(self) -> None:
+        if self._process is not None:
+            with self._log.open("a") as log:
+                log.write(self._process.stderr)
+
+    def close(self) -> None:
+        """End the process, tearing down what is set up."""
+        if self._process is not None and self._process.running and self.guest.lost is None:
+            self._process.close_stdin()
+            try:
+                self._process.wait(DIE_SECONDS)
+            except CommandError:
+                self._process.kill()
+        self._keep_log()
+        self._process = None
+
+
+def _report(event: dict[str, Any]) -> Report:
+    longrepr = event["longrepr"]
+    if isinstance(longrepr, list):
+        path, line, reason = longrepr
+        longrepr = (path, line, reason)
+    return Report(
+        event["nodeid"],
+        event["when"],
+        event["outcome"],
+        event["duration"],
+        longrepr,
+        None if event["crash"] is None else (event["crash"][0], int(event["crash"][1]), event["crash"][2]),
+        [(name, text) for name, text in event["sections"]],
+        event["wasxfail"],
+        [(name, value) for name, value in event["properties"]],
+    )

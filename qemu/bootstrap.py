@@ -7,6 +7,7 @@ so through mmdebstrap's own file hooks, so nothing here needs to be readable for
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 import shlex
 import signal
@@ -88,7 +89,7 @@ apt-get -qq download $names
 
 def root_inputs(part: RootPart, architecture: str) -> list[str]:
     """All that decides what `build_root` makes, the mirror's present contents aside."""
-    return [*_root_options(part, architecture), repr(part.source)]
+    return [*_root_options(part, architecture), repr(part.source), inspect.getsource(build_root)]
 
 
 def _root_options(part: RootPart, architecture: str) -> list[str]:

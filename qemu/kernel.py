@@ -21,9 +21,14 @@ PAYLOAD = 0x248
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel that was unpacked into a directory. `release` is what uname -r will say."""
+    """A kernel that was unpacked into a directory. `release` is what uname -r will say.
+
+    `image` unpacks itself. `bare`, where there is one, is the same kernel unpacked, an ELF file that is started by its
+    PVH entry: that spares an emulated processor about a second.
+    """
 
     image: Path
+    bare: Path | None
     modules: Path
     release: str
 
@@ -31,11 +36,15 @@ class Kernel:
     def at(cls, directory: Path) -> Kernel:
         """What `unpack_kernel` put into `directory`."""
         (modules,) = (directory / "modules").iterdir()
-        return cls(directory / "kernel", modules, modules.name)
+        bare = directory / "vmlinux"
+        return cls(directory / "vmlinuz", bare if bare.exists() else None, modules, modules.name)
 
 
 def unpack_kernel(packages: list[Path], out: Path) -> None:
-    """Puts `kernel` and `modules/RELEASE` into the directory `out`. Raises ImageBuildFailed or ToolMissing."""
+    """Puts vmlinuz, modules/RELEASE and, where possible, vmlinux into the directory `out`.
+
+    Raises ImageBuildFailed or ToolMissing.
+    """
     scratch = out / "unpacked"
     scratch.mkdir()
     for package in packages:
@@ -46,12 +55,12 @@ def unpack_kernel(packages: list[Path], out: Path) -> None:
         raise ImageBuildFailed(f"these packages hold no kernel with its modules: {names}")
     modules, image, release = found[0], images[0], found[0].name
 
+    image.rename(out / "vmlinuz")
     config = scratch / "boot" / f"config-{release}"
-    bare = decompress(image.read_bytes()) if config.exists() and "\nCONFIG_PVH=y" in config.read_text() else None
-    if bare is not None:
-        (out / "kernel").write_bytes(bare)
-    else:
-        shutil.copyfile(image, out / "kernel")
+    if config.exists() and "\nCONFIG_PVH=y" in config.read_text():
+        bare = decompress((out / "vmlinuz").read_bytes())
+        if bare is not None:
+            (out / "vmlinux").write_bytes(bare)
 
     # depmod looks below lib/modules, wherever the package has them.
     base = modules.parents[2]
@@ -62,11 +71,7 @@ def unpack_kernel(packages: list[Path], out: Path) -> None:
 
 
 def decompress(image: bytes) -> bytes | None:
-    """The kernel proper, an ELF file, out of a bzImage; None when it is packed in a way not known here.
-
-    A guest that is started with the bare kernel, by way of its PVH entry, is spared unpacking it, which takes an
-    emulated processor about a second.
-    """
+    """The kernel proper, an ELF file, out of a bzImage; None when it is packed in a way not known here."""
     if image[MAGIC : MAGIC + 4] != b"HdrS":
         return None
     offset, length = struct.unpack_from("<II", image, PAYLOAD)

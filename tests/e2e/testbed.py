@@ -86,6 +86,7 @@ class Testbed:
 
     guest: Guest
     pci: str
+    mac: str
     driver: GuestProcess
     echo: GuestProcess
     echo_log: Path
@@ -96,10 +97,9 @@ class Testbed:
         counters: dict[str, Any] = json.loads(self.guest.run(netbridge("stats", "--json")).stdout)
         return counters
 
-    def restart_echo(self) -> None:
-        """Ends the echo service, if it still runs, and starts another; returns when that one is served."""
-        if self.echo.running:
-            self.echo.kill(signal.SIGTERM)
+    def restart_echo(self, end: signal.Signals = signal.SIGTERM) -> None:
+        """Ends the echo service with this signal and starts another; returns when that one is served."""
+        self.echo.kill(end)
         self.echo.wait(STOP_SECONDS)
         self.echo = start_echo(self.guest, self.echo_log)
         wait_for_line(self.driver, r" serving ")
@@ -125,8 +125,8 @@ def running(
         driver = stack.enter_context(
             guest.start(netbridge("run", MANIFEST, "--json", *options), log=logs / "driver.log")
         )
-        wait_for_line(driver, r" prepared ")
-        bed = Testbed(guest, pci, driver, start_echo(guest, logs / "echo.log"), logs / "echo.log")
+        mac = wait_for_line(driver, r" prepared .*\bmac=(\S+)")[1]
+        bed = Testbed(guest, pci, mac, driver, start_echo(guest, logs / "echo.log"), logs / "echo.log")
         stack.callback(lambda: bed.echo.__exit__(None, None, None))
         wait_for_line(driver, r" serving ")
         yield bed

@@ -130,15 +130,17 @@ class Client:
         self._rx_here: set[int] = set()
         self._pieces = ffi.new("struct nb_piece[]", _BURST)
         with ExitStack() as stack:
+            if os.get_blocking(client_doorbell_fd):
+                raise BadGeometry("client doorbell: not opened with O_NONBLOCK")
+            # A copy, since this object closes what it has.
+            self._doorbell = stack.enter_context(select.epoll.fromfd(os.dup(driver_doorbell_fd)))
             self._poller = stack.enter_context(select.epoll())
             self._poller.register(control.fileno(), select.EPOLLIN)
             try:
-                self._poller.register(driver_doorbell_fd, select.EPOLLIN)
+                self._doorbell.poll(0)
+                self._poller.register(self._doorbell.fileno(), select.EPOLLIN)
             except OSError as error:
-                raise BadGeometry(f"driver doorbell: cannot be waited for ({error.strerror})") from None
-            for fd, what in ((client_doorbell_fd, "client doorbell"), (driver_doorbell_fd, "driver doorbell")):
-                if os.get_blocking(fd):
-                    raise BadGeometry(f"{what}: not opened with O_NONBLOCK")
+                raise BadGeometry(f"driver doorbell: no epoll instance ({error.strerror})") from None
             mappings = []
             for fd, size, writable in (
                 (rings_fd, geometry.rings_size, True),
@@ -163,7 +165,6 @@ class Client:
                 raise BadGeometry("refused by the data path")
             stack.pop_all()
         self._mappings: list[Mapping] | None = mappings
-        self._doorbell_fd = driver_doorbell_fd
         self._fds = list(fds)
 
     # ---- What there is to know
@@ -303,10 +304,7 @@ class Client:
         control socket; look at those first, no bell will ring for them. Raises PortClosed."""
         self.check()
         self._must_have_room()
-        try:
-            os.read(self._doorbell_fd, 8)
-        except BlockingIOError:
-            pass
+        self._doorbell.poll(0)
         self._native.rx_active.header.wake = 1
         # It has the full fence that must stand between asking and looking; that it may ring the driver does no harm.
         lib.nb_client_flush(self._native)
@@ -359,6 +357,7 @@ class Client:
         self._frames.clear()
         self._buffers.clear()
         self._poller.close()
+        self._doorbell.close()
         self._control.close()
         for fd in self._fds:
             os.close(fd)

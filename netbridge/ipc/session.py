@@ -7,6 +7,7 @@ kept a mapping.
 from __future__ import annotations
 
 import os
+import select
 from contextlib import ExitStack
 
 from netbridge.ipc.geometry import (
@@ -85,13 +86,18 @@ class PortSession:
             stack.callback(self.rings.close)
             self.client_doorbell_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
             stack.callback(os.close, self.client_doorbell_fd)
+            # O_NONBLOCK belongs to the eventfd, not to the process: a client that had this one could clear it, fill the
+            # counter, and let the driver sleep for ever. So it gets an epoll instance that watches it, and only that.
             self.driver_doorbell_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
             stack.callback(os.close, self.driver_doorbell_fd)
+            self._watched_doorbell = stack.enter_context(select.epoll())
+            self._watched_doorbell.register(self.driver_doorbell_fd, select.EPOLLIN | select.EPOLLET)
             self._stack = stack.pop_all()
 
     def fds(self) -> tuple[int, ...]:
         """What WELCOME carries, in the order of `messages.FD_NAMES`."""
-        return (self._rings_fd, self._rx.fd, self._tx.fd, self.client_doorbell_fd, self.driver_doorbell_fd)
+        doorbells = (self.client_doorbell_fd, self._watched_doorbell.fileno())
+        return (self._rings_fd, self._rx.fd, self._tx.fd, *doorbells)
 
     def place_rings(self, ffi: Any, config: Any) -> None:
         """Fills rx_active, rx_free, tx_active and tx_done of an nb_pump_config; good until `close`."""

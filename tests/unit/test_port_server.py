@@ -120,8 +120,12 @@ def test_handshake(server: PortServer, offered: OfferedSession, path: Path) -> N
             assert (inodes[1], inodes[2]) == (os.fstat(offered.rx.fd).st_ino, os.fstat(offered.tx.fd).st_ino)
             os.eventfd_write(fds[3], 1)
             assert os.eventfd_read(offered.session.client_doorbell_fd) == 1
-            os.eventfd_write(offered.session.driver_doorbell_fd, 1)
-            assert os.eventfd_read(fds[4]) == 1
+            for _ in range(2):
+                assert not select.select([fds[4]], [], [], 0)[0]
+                os.eventfd_write(offered.session.driver_doorbell_fd, 1)
+                assert select.select([fds[4]], [], [], 0)[0]
+                with select.epoll.fromfd(os.dup(fds[4])) as doorbell:
+                    assert len(doorbell.poll(0)) == 1
         finally:
             close_all(fds)
         assert not server.running
@@ -132,6 +136,23 @@ def test_handshake(server: PortServer, offered: OfferedSession, path: Path) -> N
         assert (event.peer.pid, event.peer.uid, event.peer.name) == (os.getpid(), os.geteuid(), "tester")
         assert server.running
         assert quiet(server)
+
+
+def test_a_client_cannot_make_the_drivers_doorbell_block(
+    server: PortServer, offered: OfferedSession, path: Path
+) -> None:
+    with RawClient(path) as client:
+        fds = shake_hands(server, client)
+        for fd in fds:
+            os.set_blocking(fd, True)
+        assert not os.get_blocking(offered.session.driver_doorbell_fd)
+        # Nothing that was sent can be written to, or read from, so as to change the driver's eventfd.
+        for attempt in (lambda: os.write(fds[4], b"\xff" * 7 + b"\x7f"), lambda: os.read(fds[4], 8)):
+            with pytest.raises(OSError, match="Invalid argument"):
+                attempt()
+        same = {str(Path(f"/proc/self/fd/{fd}").readlink()) for fd in (*fds[:3], fds[4])}
+        assert "anon_inode:[eventfd]" not in same
+        close_all(fds)
 
 
 def test_a_client_waits_for_the_session_it_will_get(server: PortServer, path: Path) -> None:

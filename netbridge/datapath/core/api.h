@@ -174,7 +174,7 @@ struct nb_pump_config {
     int intx_unmask_fd;           /* eventfd that VFIO unmasks INTx on, or -1 */
     volatile uint8_t *isr_status; /* ISR status register (virtio 1.3 §4.1.4.5), read once per INTx */
     int client_doorbell_fd;       /* eventfd: client to driver */
-    int driver_doorbell_fd;       /* eventfd: driver to client */
+    int driver_doorbell_fd;       /* eventfd: driver to client; one that no client can get at, or it could make it block */
     int control_fd;               /* epoll fd (or any fd) that returns to the caller when it becomes readable */
     struct nb_counters *counters;
 };
@@ -219,7 +219,7 @@ struct nb_client {
     uint32_t headroom;
     uint32_t continuation_offset;
     int client_doorbell_fd; /* rung by the client */
-    int driver_doorbell_fd; /* rung by the driver */
+    int driver_doorbell_fd; /* rung by the driver: an epoll instance around the driver's eventfd, or an eventfd */
     struct nb_histogram *wakeups; /* doorbell rung to client awake; NULL: not wanted */
     /* private from here on */
     uint32_t rx_active_taken;

@@ -33,12 +33,13 @@ ffibuilder.set_source(
 )
 
 
-
 def build_in_place() -> Path:
     """Compiles the module beside this file, for whoever works on the core. Returns the module's path."""
     with tempfile.TemporaryDirectory() as directory:
         built = Path(ffibuilder.compile(tmpdir=directory))
-        return Path(shutil.copy(built, HERE / built.name))
+        # Renamed into place: writing over a module that a running process has mapped would crash that process.
+        beside = shutil.copy(built, HERE / f".{built.name}.new")
+        return Path(beside).replace(HERE / built.name)
 
 
 def check() -> int:

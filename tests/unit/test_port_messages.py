@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from netbridge.ipc.errors import BadMessage, Reason
@@ -21,6 +21,9 @@ from netbridge.ipc.messages import (
     common_version,
     parse,
 )
+
+# A loaded machine is no failure.
+unhurried = settings(deadline=None)
 
 u16 = st.integers(0, (1 << 16) - 1)
 u32 = st.integers(0, (1 << 32) - 1)
@@ -64,6 +67,7 @@ def header(kind: int, length: int) -> bytes:
     return struct.pack("<4sHHII", b"NBPT", kind, 1, length, 0)
 
 
+@unhurried
 @given(messages)
 def test_what_is_packed_is_parsed(message: AnyMessage) -> None:
     parsed = parse(message.pack())
@@ -72,6 +76,7 @@ def test_what_is_packed_is_parsed(message: AnyMessage) -> None:
     assert len(message.pack()) <= LONGEST_MESSAGE
 
 
+@unhurried
 @given(st.binary(max_size=LONGEST_MESSAGE + 8))
 def test_any_bytes_parse_or_are_refused(data: bytes) -> None:
     try:
@@ -80,6 +85,7 @@ def test_any_bytes_parse_or_are_refused(data: bytes) -> None:
         assert str(error)
 
 
+@unhurried
 @given(messages, st.data())
 def test_a_damaged_message_parses_or_is_refused(message: AnyMessage, data: st.DataObject) -> None:
     packed = bytearray(message.pack())
@@ -91,6 +97,7 @@ def test_a_damaged_message_parses_or_is_refused(message: AnyMessage, data: st.Da
         pass
 
 
+@unhurried
 @given(messages, st.integers(-8, 8).filter(bool))
 def test_a_message_of_another_length_is_refused(message: AnyMessage, by: int) -> None:
     packed = message.pack()

@@ -26,7 +26,7 @@ class Frame:
         self._client: Client | None = client
         # (handle, pointer, length) of each piece.
         self._pieces = pieces
-        self._lent: list[_Lent] | None = None
+        self._lent: list[_Lent | None] = [None] * len(pieces)
 
     @property
     def data(self) -> memoryview:
@@ -42,9 +42,7 @@ class Frame:
         """The frame's bytes, one read-only view for each buffer it spans. Raises ValueError after release."""
         if self._client is None:
             raise ValueError("this frame was released; its buffer may hold another frame by now")
-        if self._lent is None:
-            self._lent = [_Lent(pointer, length, writable=False) for _, pointer, length in self._pieces]
-        return tuple(lent.view for lent in self._lent)
+        return tuple(_view(self._lent, i, piece, writable=False) for i, piece in enumerate(self._pieces))
 
     def __len__(self) -> int:
         return sum(length for _, _, length in self._pieces)
@@ -77,7 +75,7 @@ class Buffer:
     def __init__(self, client: Client, piece: tuple[int, Any, int]) -> None:
         self._client: Client | None = client
         self._piece = piece
-        self._lent: list[_Lent] | None = None
+        self._lent: list[_Lent | None] = [None]
         self.length = 0
         """How many bytes of `data` are the frame: set it before sending."""
 
@@ -90,9 +88,7 @@ class Buffer:
         """All of the buffer's room, writable. Raises ValueError once it was sent or released."""
         if self._client is None:
             raise ValueError("this buffer was sent or released; allocate another one")
-        if self._lent is None:
-            self._lent = [_Lent(self._piece[1], self._piece[2], writable=True)]
-        return self._lent[0].view
+        return _view(self._lent, 0, self._piece, writable=True)
 
     def write(self, frame: bytes | bytearray | memoryview) -> Buffer:
         """Copies a whole frame in and sets `length`. Raises ValueError when it is too long."""
@@ -115,21 +111,38 @@ class Buffer:
 class _Lent:
     """A memoryview of DMA memory that can be ended for sure: what was cut from it is noticed."""
 
-    __slots__ = ("_exporter", "view")
+    __slots__ = ("_exporter", "_writable", "view")
 
     def __init__(self, pointer: Any, length: int, *, writable: bool) -> None:
         exporter = ffi.buffer(pointer, length)
         # Every view cut from `view` keeps the exporter alive, so its death shows that there are none.
         self._exporter = weakref.ref(exporter)
-        view = memoryview(exporter)
-        self.view = view if writable else view.toreadonly()
+        self._writable = writable
+        self.view = self._new_view(exporter)
 
     def end(self) -> None:
+        """Raises BufferError, and changes nothing, while something cut from `view` is alive."""
         self.view.release()
-        if self._exporter() is not None:
+        exporter = self._exporter()
+        if exporter is not None:
+            self.view = self._new_view(exporter)
             raise BufferError("something cut from this frame's data is still in use; release or drop it first")
 
+    def _new_view(self, exporter: Any) -> memoryview:
+        view = memoryview(exporter)
+        return view if self._writable else view.toreadonly()
 
-def _end_all(lent: list[_Lent] | None) -> None:
-    for one in lent or ():
-        one.end()
+
+def _view(lent: list[_Lent | None], i: int, piece: tuple[int, Any, int], *, writable: bool) -> memoryview:
+    """The view of a piece, made when it is first asked for."""
+    one = lent[i]
+    if one is None:
+        one = lent[i] = _Lent(piece[1], piece[2], writable=writable)
+    return one.view
+
+
+def _end_all(lent: list[_Lent | None]) -> None:
+    for i, one in enumerate(lent):
+        if one is not None:
+            one.end()
+            lent[i] = None

@@ -121,6 +121,8 @@ def test_what_was_cut_from_a_frame_keeps_it_here(client: Client, driver: FakeRin
         client.release([second, first])
     assert driver.take_back() == []
     assert bytes(payload) == frame_of(1)[14:]
+    # Both are still here, so they can still be read.
+    assert (bytes(first.data), bytes(second.data)) == (frame_of(1), frame_of(2))
     del payload
     client.release([second, first])
     assert driver.take_back() == [1, 0]
@@ -334,8 +336,9 @@ def test_sending_misuse_is_named(client: Client, driver: FakeRings) -> None:
         client.send(buffer)
     assert driver.take_sent() == []
     view.release()
+    buffer.data[0] ^= 0xFF
     client.send(buffer)
-    assert driver.take_sent() == [frame_of(1)]
+    assert driver.take_sent() == [bytes([frame_of(1)[0] ^ 0xFF]) + frame_of(1)[1:]]
 
 
 # ---- The end

@@ -24,6 +24,8 @@ Progress = Callable[[str], None]
 """Is told, a line at a time, what is being done."""
 
 KEY_DIGITS = 16
+FLUSH_SINGLY = 50
+"""More files than that are flushed to the disk together with everybody else's."""
 
 
 def cache_root() -> Path:
@@ -96,8 +98,7 @@ class Cache:
         try:
             build(partial)
             partial.chmod(0o755)
-            # Renamed only when it is on the disk: after a power cut, too, what has its name is complete.
-            os.sync()
+            _flush(partial)
             partial.rename(place)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
@@ -149,6 +150,17 @@ class Cache:
                 except BlockingIOError:
                     continue
                 shutil.rmtree(partial, ignore_errors=True)
+
+
+def _flush(directory: Path) -> None:
+    # An entry is renamed when it is on the disk: after a power cut, too, what has its name is complete.
+    files = [path for path in directory.rglob("*") if path.is_file() and not path.is_symlink()]
+    if len(files) > FLUSH_SINGLY:
+        os.sync()
+        return
+    for file in files:
+        with file.open("rb") as opened:
+            os.fsync(opened.fileno())
 
 
 def _used(place: Path) -> Path:

@@ -1,8 +1,9 @@
 """Packs the project's code into a small disk image that a guest mounts at /code.
 
 What changes with every edit travels here, so that it never costs a new root image. images/code.toml says what goes
-onto it: trees of files, single files, and C extensions, which are compiled for the guest (see sysroot.py). The image
-is ext4, because that is what every guest kernel can mount without a module and every host can make.
+onto it: trees of files, single files, and C extensions. The extensions are compiled for the guest (sysroot.py), and so
+is the Python (bytecode.py). The image is ext4: every guest kernel can mount that without a module, and every host
+can make it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from qemu.bytecode import compile_python
 from qemu.cache import Cache, Progress
 from qemu.errors import ImageBuildFailed, RecipeError
 from qemu.images import Image, silent
@@ -123,6 +125,7 @@ def build_code_disk(
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(compiled(extension, image.sysroot, Cache(), tell), target)
             shutil.rmtree(generated)
+        compile_python(((path, f"/code/{path.relative_to(tree)}") for path in tree.rglob("*.py")), image.sysroot, tell)
         _make_image(tree, out, scratch / "code.img")
     return out
 

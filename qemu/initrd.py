@@ -17,7 +17,14 @@ from qemu.tools import run_tool
 INIT_FILES = Path(__file__).resolve().parents[1] / "images"
 
 GUEST = "usr/lib/guest"
-FILES = {"init": "initrd.sh", f"{GUEST}/init": "init", f"{GUEST}/fstab": "fstab", f"{GUEST}/agent.py": "agent.py"}
+FILES = {
+    "init": "initrd.sh",
+    f"{GUEST}/init": "init",
+    f"{GUEST}/fstab.early": "fstab.early",
+    f"{GUEST}/fstab": "fstab",
+    f"{GUEST}/fstab.late": "fstab.late",
+    f"{GUEST}/agent.py": "agent.py",
+}
 """Where in the initramfs each file of images/ goes."""
 
 MODULE_INDEXES = ("modules.builtin", "modules.builtin.modinfo", "modules.order")
@@ -79,14 +86,10 @@ def build_initrd(part: KernelPart, kernel: Kernel, busybox: bytes, files: Path =
     archive.link("lib", "usr/lib")
     for place, name in FILES.items():
         archive.file(place, (files / name).read_bytes(), executable=True)
-    archive.file(f"{GUEST}/modules.early", _lines(part.early))
-    archive.file(f"{GUEST}/modules.late", _lines(part.late))
+    lists = f'early="{" ".join(part.early)}"\nlate="{" ".join(part.late)}"\n'
+    archive.file(f"{GUEST}/modules", lists.encode())
     _add_modules(archive, part, kernel)
     return archive.finish()
-
-
-def _lines(names: tuple[str, ...]) -> bytes:
-    return "".join(f"{name}\n" for name in names).encode()
 
 
 def _add_modules(archive: Archive, part: KernelPart, kernel: Kernel) -> None:

@@ -218,10 +218,16 @@ def _run(argv: Sequence[str], progress: Progress) -> None:
 
 
 def _interrupt(process: subprocess.Popen[str]) -> None:
-    # It unmounts and removes its directory when interrupted; killed, it could not.
-    for number, seconds in ((signal.SIGINT, INTERRUPT_SECONDS), (signal.SIGKILL, INTERRUPT_SECONDS)):
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, number)
+    # Interrupted, it unmounts and removes its directory; killed, it could not. What it prints meanwhile has to be read.
+    _signal(process, signal.SIGINT)
+    deadline = time.monotonic() + INTERRUPT_SECONDS
+    while process.poll() is None and time.monotonic() < deadline:
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.communicate(timeout=seconds)
-            return
+            process.communicate(timeout=0.1)
+    _signal(process, signal.SIGKILL)  # and what it may have left running
+    process.communicate()
+
+
+def _signal(process: subprocess.Popen[str], number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, number)

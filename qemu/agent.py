@@ -339,6 +339,7 @@ class Agent:
         self._requests: dict[int, _Request] = {}
         self._next = 1
         self._lost: str | None = None
+        self._final = False
         self._closed = False
         self._reader = threading.Thread(target=self._read, name="agent reader", daemon=True)
         self._reader.start()
@@ -348,9 +349,11 @@ class Agent:
     def wait_ready(self, timeout: float) -> dict[str, Any]:
         """Wait for the agent's greeting. Raises GuestLost when it does not come or speaks another protocol."""
         with self.changed:
-            self.changed.wait_for(lambda: self.hello is not None or self._lost is not None, timeout)
+            self.changed.wait_for(lambda: self.hello is not None or self._final, timeout)
             if self.hello is None:
-                raise GuestLost(self._lost or f"the guest's agent has not greeted within {timeout:g} s")
+                before = f" (before that: {self._lost})" if self._lost and not self._final else ""
+                late = f"the guest's agent has not greeted within {timeout:g} s{before}"
+                raise GuestLost(self._lost if self._lost and self._final else late)
             if self.hello.get("protocol") != PROTOCOL:
                 raise HarnessError(
                     f"the guest's agent speaks protocol {self.hello.get('protocol')}, this harness {PROTOCOL}: "
@@ -362,9 +365,13 @@ class Agent:
     def ready(self) -> bool:
         return self.hello is not None and self._lost is None
 
-    def lose(self, reason: str) -> None:
-        """The agent is known to be gone: every request under way fails with GuestLost and that reason."""
+    def lose(self, reason: str, final: bool = True) -> None:
+        """The agent is known to be gone: every request under way fails with GuestLost and that reason.
+
+        So does every later one, until an agent greets anew; unless `final`, there may be one that does.
+        """
         with self.changed:
+            self._final |= final
             self._lose(reason)
 
     def _lose(self, reason: str) -> None:
@@ -413,8 +420,9 @@ class Agent:
             if event == "hello":
                 if self._requests:
                     self._lose("the agent in the guest died and was started anew")
-                self.hello = header
-                self._lost = None
+                if not self._final:
+                    self.hello = header
+                    self._lost = None
                 if self._on_hello is not None:
                     self._on_hello()
             elif event == "garbage":

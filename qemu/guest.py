@@ -44,7 +44,9 @@ IDLE_SHARE = 0.1
 SPIN_SECONDS = 30.0
 """Processor time that a booting guest may use without a word on the console: with "quiet", that is all of its boot."""
 TRIAL_SECONDS = 8.0
-"""The same for the first guest under KVM, which takes a tenth of that where KVM works, and is no gain where it is slow."""
+"""The same for the first guest under KVM: where that works it takes a tenth of this, and where not it is no gain."""
+FLOOD_BYTES = 4 << 20
+"""What no guest prints while it boots."""
 LOOK_SECONDS = 0.25
 QUIT_SECONDS = 3.0
 CONSOLE_LINES = 30
@@ -170,7 +172,7 @@ class Guest:
         elif name == "GUEST_PANICKED":
             self._on_panic("GUEST_PANICKED reported by the panic device")
         elif name == "VSERPORT_CHANGE" and data.get("id") == "agent-port" and not data.get("open") and self._up:
-            self.agent.lose("the agent in the guest has ended")
+            self.agent.lose("the agent in the guest has ended", final=False)
 
     def _look_at_stop(self) -> None:
         try:
@@ -185,7 +187,7 @@ class Guest:
 
     def _wait_up(self, timeout: float, spin: float) -> None:
         """Return when the agent has greeted; raise as soon as it is clear that it will not."""
-        activity = effort_then = 0.0
+        activity = used_then = 0.0
         looked: list[tuple[float, float]] = []  # when, and the effort until then, since the console's last word
         while True:
             with self._state:
@@ -199,20 +201,22 @@ class Guest:
                 self.boot_seconds = time.monotonic() - self._began
                 return
             now = time.monotonic()
-            effort = self._process.effort()
+            used, waited = self._process.effort()
             if activity != self._console.last_activity:
                 activity = self._console.last_activity
-                effort_then = effort
+                used_then = used
                 looked.clear()
-            looked.append((now, effort))
+            looked.append((now, used + waited))
             while looked[0][0] < now - IDLE_SECONDS - LOOK_SECONDS:
                 looked.pop(0)
-            span, spent = now - looked[0][0], effort - looked[0][1]
+            span, spent = now - looked[0][0], used + waited - looked[0][1]
             stuck = None
             if span >= IDLE_SECONDS and spent < IDLE_SHARE * span:
                 stuck = f"it has been idle and silent for {span:.0f} s"
-            elif effort - effort_then >= spin:
+            elif used - used_then >= spin:
                 stuck = f"it has used {spin:.0f} s of processor time without a word on the console"
+            elif self._console.size > FLOOD_BYTES:
+                stuck = f"it has flooded its console with {self._console.size >> 20} MiB"
             elif now - self._began >= timeout:
                 stuck = f"its agent did not greet within {timeout:g} s"
             if stuck is not None:
@@ -383,7 +387,8 @@ def boot(
         extra_args=tuple(extra_args),
     )
     try:
-        guest = _boot(plan, choice, made, artefacts, timeout, say)
+        kernels = {"kvm": image.kernel, "tcg": image.bare_kernel or image.kernel}
+        guest = _boot(plan, choice, kernels, made, artefacts, timeout, say)
         for nic in fitted:
             if nic.wire is not None:
                 nic.wire.attached()
@@ -397,13 +402,18 @@ def boot(
 def _boot(
     plan: Machine,
     choice: Accelerator,
+    kernels: Mapping[str, Path],
     wires: Mapping[str, Wire],
     artefacts: Path,
     timeout: float,
     say: Callable[[str], None],
 ) -> Guest:
+    def attempt(accelerator: Accelerator) -> Guest:
+        machine = dataclasses.replace(plan, accel=accelerator.name, kernel=kernels[accelerator.name])
+        return _attempt(machine, accelerator, wires, artefacts, timeout)
+
     try:
-        guest = _attempt(plan, choice, wires, artefacts, timeout)
+        guest = attempt(choice)
     except (GuestNeverCameUp, GuestPanicked) as failure:
         if choice.name != "kvm":
             raise
@@ -418,7 +428,7 @@ def _boot(
                 (artefacts / name).rename(artefacts / name.replace(".log", "-kvm.log"))
         say(f"kvm does not run this guest ({reason}); trying tcg")
         fallback = Accelerator("tcg", f"kvm: {accelerators.KVM} opens, but {reason}")
-        guest = _attempt(plan, fallback, wires, artefacts, timeout)
+        guest = attempt(fallback)
         # Only now is it KVM that is to blame, and not the guest.
         accelerators.remember(fallback, kernel=plan.kernel)
     else:
@@ -428,8 +438,10 @@ def _boot(
     return guest
 
 
-def _attempt(plan: Machine, choice: Accelerator, wires: Mapping[str, Wire], artefacts: Path, timeout: float) -> Guest:
-    guest = Guest(dataclasses.replace(plan, accel=choice.name), choice, wires, artefacts)
+def _attempt(
+    machine: Machine, choice: Accelerator, wires: Mapping[str, Wire], artefacts: Path, timeout: float
+) -> Guest:
+    guest = Guest(machine, choice, wires, artefacts)
     try:
         guest._wait_up(timeout, SPIN_SECONDS if choice.proven else TRIAL_SECONDS)
     except BaseException:

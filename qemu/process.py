@@ -134,16 +134,17 @@ class Process:
         except OSError:
             return ""
 
-    def effort(self) -> float:
-        """Seconds of processor time that it has used or had to wait for, all threads together.
+    def effort(self) -> tuple[float, float]:
+        """Seconds of processor time that it has used, and seconds it has waited for a processor, of all threads.
 
-        Of two equal readings one can tell that it does nothing, however busy the machine is otherwise.
+        From their sum one can tell a process that does nothing from one that gets no turn on a busy machine.
         """
-        total = 0
+        used = waited = 0
         if self.pid is not None:
             with contextlib.suppress(OSError):
                 for task in Path(f"/proc/{self.pid}/task").iterdir():
                     with contextlib.suppress(OSError):
-                        used, waited, _ = (task / "schedstat").read_text().split()
-                        total += int(used) + int(waited)
-        return total / 1e9
+                        on, off, _ = (task / "schedstat").read_text().split()
+                        used += int(on)
+                        waited += int(off)
+        return used / 1e9, waited / 1e9

@@ -1,11 +1,12 @@
 """Guests for pytest: fixtures that boot one, and tests that run inside one while the host reports on them.
 
-In the configuration (paths are relative to the root directory):
+Loaded with `-p qemu.pytest_plugin`. In the configuration (paths are relative to the root directory):
 
     guest_recipe   the image's recipe
     guest_code     the specification of the code disk
     guest_tests    directories whose tests run in the guest
     guest_root     where the guest has its copy of the root directory (/code)
+    guest_args     more arguments for QEMU, for the guest that tests share, such as further devices
 
 Tests below `guest_tests` are collected here as any other, so their modules have to import here. They are set up,
 run and torn down in the guest, in the fixtures of the guest's own pytest; markers such as skipif are judged there.
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import shlex
 import time
 from collections.abc import Callable, Generator
 from pathlib import Path
@@ -51,6 +53,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addini("guest_recipe", "recipe of the guest's image", default="images/trixie.toml")
     parser.addini("guest_code", "specification of the code disk", default="images/code.toml")
     parser.addini("guest_tests", "directories of tests that run in the guest", type="linelist", default=["tests/guest"])
+    parser.addini("guest_args", "more arguments for the QEMU of the shared guest", type="args", default=[])
     parser.addini("guest_root", "the guest's copy of the root directory", default="/code")
 
 
@@ -136,7 +139,8 @@ class Session:
             self.end_guest()
         if self._guest is None:
             name = f"guest-{len(self.booted)}"
-            self._guest = self._once(lambda: self.boot(name, nics=[Nic()]))
+            more = self.config.getini("guest_args")
+            self._guest = self._once(lambda: self.boot(name, nics=[Nic()], extra_args=more))
         return self._guest
 
     def remote(self, items: list[pytest.Item]) -> RemoteTests:
@@ -146,7 +150,10 @@ class Session:
             files = dict.fromkeys(item.nodeid.split("::")[0] for item in items)
             paths = [f"{root}/{file}" for file in files]
             log = guest.artefacts / "guest-pytest.log"
-            self._remote = RemoteTests(guest, paths, root=root, log=log, configuration=self.config.inipath)
+            options = ["-o", f"addopts={shlex.join(_for_guest(self.config.getini('addopts')))}"]
+            self._remote = RemoteTests(
+                guest, paths, root=root, log=log, options=options, configuration=self.config.inipath
+            )
         return self._remote
 
     def end_guest(self) -> None:
@@ -157,6 +164,18 @@ class Session:
         if self._guest is not None:
             self._guest.close()
             self._guest = None
+
+
+def _for_guest(options: list[str]) -> list[str]:
+    """The options from the configuration without plugins of the host: this one, and parallel runs."""
+    kept = []
+    words = iter(options)
+    for word in words:
+        if word in ("-p", "-n"):
+            next(words, None)
+        elif not word.startswith(("-p", "-n")):
+            kept.append(word)
+    return kept
 
 
 KEY = pytest.StashKey[Session]()
@@ -236,7 +255,8 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
 def _replay(item: pytest.Item, report: Report, began: float) -> pytest.TestReport:
     longrepr: Any = report.longrepr
     if isinstance(longrepr, tuple):
-        longrepr = (longrepr[0], int(longrepr[1]), longrepr[2])
+        path = longrepr[0].removeprefix(str(item.config.getini("guest_root"))).lstrip("/")
+        longrepr = (path, int(longrepr[1]), longrepr[2])
     elif longrepr is not None:
         longrepr = RemoteFailure(longrepr, report.crash)
     replayed = pytest.TestReport(

@@ -41,14 +41,25 @@ class Report:
 class RemoteTests:
     """A resident pytest in `guest`, which has collected `paths` below `root`, the guest's copy of the project.
 
-    `configuration` is the host's file of pytest settings, used there too; `log` gets what it prints besides reports.
+    `options` are more arguments for it; `configuration` is the host's file of pytest settings, used there too; `log`
+    gets what it prints besides reports.
     """
 
-    def __init__(self, guest: Guest, paths: Sequence[str], *, root: str, log: Path, configuration: Path | None = None):
+    def __init__(
+        self,
+        guest: Guest,
+        paths: Sequence[str],
+        *,
+        root: str,
+        log: Path,
+        options: Sequence[str] = (),
+        configuration: Path | None = None,
+    ):
         self.guest = guest
         self._paths = list(paths)
         self._root = root
         self._log = log
+        self._options = list(options)
         self._configuration = configuration
         self._process: GuestProcess | None = None
         self._position = 0
@@ -89,7 +100,7 @@ class RemoteTests:
 
     def _start(self) -> None:
         self.guest.put(PLUGIN, f"{HOME}/{PLUGIN.name}")
-        options = ["-p", PLUGIN.stem, "-p", "no:cacheprovider", f"--rootdir={self._root}"]
+        options = ["-p", PLUGIN.stem, "-p", "no:cacheprovider", f"--rootdir={self._root}", *self._options]
         if self._configuration is not None:
             self.guest.put(self._configuration, f"{HOME}/{self._configuration.name}")
             options += ["-c", f"{HOME}/{self._configuration.name}"]

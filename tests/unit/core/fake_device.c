@@ -219,6 +219,11 @@ bool fake_notified(const struct fake_queue *queue)
     return __atomic_load_n(queue->place.notify, __ATOMIC_RELAXED) != NOT_NOTIFIED;
 }
 
+void fake_touch(struct fake_queue *queue)
+{
+    __atomic_fetch_or((uint16_t *)(queue->available + RING_FLAGS), 0, __ATOMIC_RELAXED);
+}
+
 /* ---- Frames --------------------------------------------------------------------------------------------------- */
 
 static uint16_t claimed_buffers(const struct fake_device *device, unsigned pieces)

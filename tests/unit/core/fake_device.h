@@ -121,6 +121,8 @@ void fake_complete(struct fake_device *device, const struct fake_chain *chain);
 /* NO_NOTIFY. Turning notifications on throws earlier ones away; then look at the rings, then wait for fake_notified. */
 void fake_want_notifications(struct fake_queue *queue, bool wanted);
 bool fake_notified(const struct fake_queue *queue);
+/* Writes what stands there already over the head of the available ring, to have it in this processor's cache. */
+void fake_touch(struct fake_queue *queue);
 
 /* The configuration changed: INTx only. */
 void fake_config_changed(struct fake_device *device);

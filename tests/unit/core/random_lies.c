@@ -170,6 +170,6 @@ TEST(random_lies_of_device_and_client)
     if (only)
         live_and_lie(strtoull(only, NULL, 10));
     else
-        for (uint64_t seed = 0; seed < 1500; seed++)
+        for (uint64_t seed = 0; seed < 1000; seed++)
             live_and_lie(seed);
 }

@@ -14,25 +14,25 @@ static void echo_through(struct world_config config, struct traffic_config traff
 {
     struct world world;
     world_open(&world, config);
-    traffic.frames /= SHARE;
+    traffic.frames = traffic.frames * check_times() / SHARE;
     traffic_echo(&world, traffic);
     world_close(&world);
 }
 
 TEST(echo_of_every_length_in_bursts)
 {
-    echo_through((struct world_config){0}, (struct traffic_config){.frames = 10000, .window = 60, .burst = 16});
+    echo_through((struct world_config){0}, (struct traffic_config){.frames = 6000, .window = 60, .burst = 16});
 }
 
 TEST(echo_of_every_length_with_intx)
 {
-    echo_through((struct world_config){.intx = true}, (struct traffic_config){.frames = 10000, .window = 60, .burst = 16});
+    echo_through((struct world_config){.intx = true}, (struct traffic_config){.frames = 6000, .window = 60, .burst = 16});
 }
 
 TEST(echo_with_completions_out_of_order)
 {
     echo_through((struct world_config){0},
-                 (struct traffic_config){.frames = 10000, .window = 60, .burst = 64, .scrambled = true});
+                 (struct traffic_config){.frames = 6000, .window = 60, .burst = 64, .scrambled = true});
 }
 
 TEST(echo_with_one_vector_for_both_queues)
@@ -42,7 +42,7 @@ TEST(echo_with_one_vector_for_both_queues)
 
 TEST(echo_while_polling)
 {
-    echo_through((struct world_config){.spin_ns = 50000}, (struct traffic_config){.frames = 10000, .window = 60, .burst = 16});
+    echo_through((struct world_config){.spin_ns = 50000}, (struct traffic_config){.frames = 6000, .window = 60, .burst = 16});
 }
 
 TEST(echo_with_the_drivers_doorbell_a_pipe)
@@ -54,20 +54,20 @@ TEST(echo_with_the_drivers_doorbell_a_pipe)
 TEST(echo_over_more_frames_than_a_ring_index_counts)
 {
     echo_through((struct world_config){0},
-                 (struct traffic_config){.frames = 210000, .window = 64, .burst = 64, .fixed_length = 60});
+                 (struct traffic_config){.frames = 210000, .window = 64, .burst = 64, .fixed_length = SHORTEST});
 }
 
 TEST(echo_across_the_wrap_of_the_port_ring_counts)
 {
     echo_through((struct world_config){.ring_position = UINT32_MAX - 500, .queue_index = UINT16_MAX - 100},
-                 (struct traffic_config){.frames = 20000, .window = 60, .burst = 16});
+                 (struct traffic_config){.frames = 6000, .window = 60, .burst = 16});
 }
 
 /* The client waits for a TX buffer again and again. */
 TEST(echo_with_a_single_tx_buffer)
 {
     echo_through((struct world_config){.tx_count = 1, .tx_size = 2},
-                 (struct traffic_config){.frames = 5000, .window = 8, .burst = 4});
+                 (struct traffic_config){.frames = 3000, .window = 8, .burst = 4});
 }
 
 /* Frames wait in tx_active for room in the TX queue, and the device for RX buffers. */
@@ -79,7 +79,7 @@ TEST(echo_with_queues_shorter_than_the_burst)
 
 TEST(echo_with_a_single_rx_buffer)
 {
-    echo_through((struct world_config){.rx_size = 1, .rx_count = 1}, (struct traffic_config){.frames = 5000, .window = 1});
+    echo_through((struct world_config){.rx_size = 1, .rx_count = 1}, (struct traffic_config){.frames = 3000, .window = 1});
 }
 
 /* Buffer counts that are no powers of two. */
@@ -99,12 +99,12 @@ TEST(echo_with_a_client_slower_than_the_wire)
 /* One frame at a time: every hop goes to sleep and must be woken. */
 TEST(ping_pong_never_loses_a_wake_up)
 {
-    echo_through((struct world_config){.spin_ns = 0}, (struct traffic_config){.frames = 20000, .fixed_length = 60});
+    echo_through((struct world_config){0}, (struct traffic_config){.frames = 5000, .fixed_length = 60});
 }
 
 TEST(ping_pong_never_loses_a_wake_up_with_intx)
 {
-    echo_through((struct world_config){.intx = true}, (struct traffic_config){.frames = 10000, .fixed_length = 60});
+    echo_through((struct world_config){.intx = true}, (struct traffic_config){.frames = 3000, .fixed_length = 60});
 }
 
 /* lost wake-up between re-arm and sleep: the windows stretched at random, on every side. */
@@ -112,19 +112,19 @@ TEST(no_wake_up_is_lost_with_delays_at_every_fence)
 {
     jitter_every = 3;
     echo_through((struct world_config){0},
-                 (struct traffic_config){.frames = 20000, .window = 2, .fixed_length = 60, .delays = true});
+                 (struct traffic_config){.frames = 5000, .window = 2, .fixed_length = 60, .delays = true});
 }
 
 TEST(no_wake_up_is_lost_with_delays_and_intx)
 {
     jitter_every = 3;
     echo_through((struct world_config){.intx = true},
-                 (struct traffic_config){.frames = 10000, .window = 2, .fixed_length = 60, .delays = true});
+                 (struct traffic_config){.frames = 3000, .window = 2, .fixed_length = 60, .delays = true});
 }
 
 TEST(no_wake_up_is_lost_with_delays_and_few_buffers)
 {
     jitter_every = 3;
     echo_through((struct world_config){.rx_size = 2, .tx_size = 2, .rx_count = 2, .tx_count = 1},
-                 (struct traffic_config){.frames = 10000, .window = 3, .burst = 2, .fixed_length = 60, .delays = true});
+                 (struct traffic_config){.frames = 3000, .window = 3, .burst = 2, .fixed_length = 60, .delays = true});
 }

@@ -22,6 +22,23 @@ void white_box_start_at(struct nb_pump *pump, uint32_t ring_position, uint16_t q
     start_queue_at(pump->config.tx_queue, queue_index);
 }
 
+bool white_box_ask_for_wakeup(struct nb_pump *pump) { return ask_for_wakeup(pump); }
+void white_box_stop_asking(struct nb_pump *pump) { stop_asking(pump); }
+
+bool white_box_hand_over_and_wake(struct nb_pump *pump, uint32_t produced)
+{
+    uint64_t sent = pump->config.counters->wakeups_sent;
+    ring_publish(&pump->config.rx_active, produced);
+    wake_client(pump);
+    return pump->config.counters->wakeups_sent != sent;
+}
+
+bool white_box_publish(struct nb_pump *pump)
+{
+    pump->config.tx_queue->avail_next++;
+    return virtqueue_publish(pump->config.tx_queue);
+}
+
 uint32_t white_box_gathered(const struct nb_pump *pump) { return pump->pieces_gathered; }
 
 static const char *audit_ledger(const struct nb_ledger *ledger)

@@ -327,6 +327,11 @@ void world_close(struct world *world)
     if (world->device.violation[0])
         FAIL("the device saw: %s", world->device.violation);
     world_check_books(world);
+    world_discard(world);
+}
+
+void world_discard(struct world *world)
+{
     nb_pump_free(world->pump);
     nb_ledger_free(world->rx_ledger);
     nb_ledger_free(world->tx_ledger);

@@ -69,6 +69,8 @@ struct world {
 void world_open(struct world *world, struct world_config config);
 /* Checks that the device saw no violation and that the books close, then frees everything. */
 void world_close(struct world *world);
+/* world_close without the checks. */
+void world_discard(struct world *world);
 void world_check_books(const struct world *world);
 
 /* Runs the pump in this thread until it has nothing more to do: what it came back with (NB_EVENT_CONTROL when idle). */

@@ -40,15 +40,27 @@ BURST = 64
 
 class Settings:
     """What can be chosen about a bridge. `rx_buffers`, `tx_buffers`: of 2 KiB each; `spin_us`: how long the pump polls
-    after the last frame before it sleeps, microseconds; `rx_read_only`: the client may only read received frames."""
+    after the last frame before it sleeps, microseconds; `rx_read_only`: the client may only read received frames;
+    `share`: frame memory may be given to a client at all, without which every client is turned away."""
 
     def __init__(
-        self, *, rx_buffers: int = 1024, tx_buffers: int = 512, spin_us: int = 0, rx_read_only: bool = False
+        self,
+        *,
+        rx_buffers: int = 1024,
+        tx_buffers: int = 512,
+        spin_us: int = 0,
+        rx_read_only: bool = False,
+        share: bool = True,
     ) -> None:
         self.rx_buffers = rx_buffers
         self.tx_buffers = tx_buffers
         self.spin_us = spin_us
         self.rx_read_only = rx_read_only
+        self.share = share
+
+    def as_dict(self) -> dict[str, int]:
+        """Plain data; `Settings(**data)` is the way back."""
+        return dict(vars(self))
 
     @property
     def dma_bytes(self) -> int:
@@ -59,7 +71,7 @@ class Settings:
 class Stop(Enum):
     """Why a bridge stopped of its own accord."""
 
-    SIGNAL = "a signal asked for it"
+    SIGNAL = "it was told to"
     UNPLUG = "the device is to be unplugged"
 
 
@@ -219,7 +231,8 @@ class Bridge:
             for fd in self._sources:
                 control.register(fd, select.EPOLLIN)
             try:
-                self._prepare()
+                if self._settings.share:
+                    self._prepare()
                 while self._stop is None:
                     if self._serving:
                         self._serve(control)
@@ -244,8 +257,8 @@ class Bridge:
         room = BUFFER_STRIDE - DEFAULT_HEADROOM + facts.header_bytes
         if room < facts.smallest_rx_buffer:
             raise DeviceError(
-                f"{self._net.name}: a frame of its MTU of {facts.mtu} does not fit one receive buffer ({room} bytes), and "
-                "without MRG_RXBUF it cannot span several; use MRG_RXBUF, or give the device a smaller MTU"
+                f"{self._net.name}: a frame of its MTU of {facts.mtu} does not fit one receive buffer ({room} bytes), "
+                "and without MRG_RXBUF it cannot span several; use MRG_RXBUF, or give the device a smaller MTU"
             )
         self._server.update(Facts(facts.mac, mtu=facts.mtu, link_up=facts.link_up))
         self._number = next_session(self._number)

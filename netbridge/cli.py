@@ -96,6 +96,12 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         action="append",
         help=f"user name or uid that may connect; may be repeated (default: {SERVICE_USER}, if there is such a user)",
     )
+    parser.add_argument(
+        "--driver-user",
+        metavar="USER",
+        help="user name or uid that the driver process runs as in mode strict (default: netbridge, if there is such a "
+        "user, else a uid that nobody has)",
+    )
     parser.add_argument("--counters", metavar="PATH", help="the counters page (default: beside the socket)")
     for direction, what in (("rx", "receive"), ("tx", "send")):
         parser.add_argument(
@@ -129,20 +135,21 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from netbridge import driver
     from netbridge.bridge import Settings, Stop
+    from netbridge.vnode import monitor
     from netbridge.vnode.manifest import Manifest
     from vfio.pci import PciAddress
 
     manifest = Manifest.open(options.manifest)
     granted = manifest.capabilities
-    why, signal_number, counters = driver.run(
+    outcome = monitor.run(
         manifest,
-        driver.Options(
+        monitor.Options(
             pci=PciAddress.parse(options.pci) if options.pci else None,
             socket_path=options.socket,
             counters_path=options.counters or f"{options.socket}.counters",
             service_uids=_service_uids(options.service_uid),
+            driver_user=options.driver_user,
             without_features=options.without,
             interface=options.interface,
             settings=Settings(
@@ -150,16 +157,18 @@ def _run(options: argparse.Namespace) -> int:
                 tx_buffers=options.tx_buffers,
                 spin_us=options.spin_us,
                 rx_read_only=granted.mem_share == "ro",
+                share=granted.mem_share is not None,
             ),
         ),
         Log(granted.log),
+        lambda text: print(f"netbridge: warning: {text}", file=sys.stderr, flush=True),
     )
     if options.json:
-        print(json.dumps(counters))
-    if why is Stop.UNPLUG:
+        print(json.dumps(outcome.counters))
+    if outcome.why is Stop.UNPLUG:
         print("netbridge: the device was taken away (unplugged, or unbound from vfio-pci)", file=sys.stderr)
         return ExitCode.DEVICE
-    return ExitCode.INTERRUPTED if signal_number == signal.SIGINT else ExitCode.OK
+    return ExitCode.INTERRUPTED if outcome.signal == signal.SIGINT else ExitCode.OK
 
 
 def _service_uids(names: list[str] | None) -> list[int]:

@@ -1,22 +1,25 @@
-"""The driver process: from a manifest to a bridge that runs, and back to the driver the device had before.
+"""The driver process: gets its files from the monitor, goes into its sandbox, and serves the port.
 
-Everything is claimed in the order in which it is needed and given back in the opposite order, whatever happens in
-between. Each claim first asks the manifest.
+It opens nothing. The device, the IOMMU container, the listening socket and the counters page come over the channel that
+it was started with; then it confines itself (mode strict), and only then looks at the device. It ends when the monitor
+says so or is gone, when the device is unplugged, or by an error, which the monitor is told.
+
+It lives, with its frame memory, in the few mebibytes of its manifest: hence what is imported here, and what is not.
 """
 
 from __future__ import annotations
 
 import os
-import signal
+import resource  # noqa: F401 - what explains a failed mapping wants it, and then nothing can be imported any more
 import socket
 import time
-from collections.abc import Collection, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 
 import vfio
 from netbridge.bridge import Bridge, Settings, Stop
 from netbridge.datapath._core import ffi, lib
-from netbridge.errors import DeviceError
+from netbridge.errors import DeviceError, ExitCode, NetbridgeError
+from netbridge.ipc.listener import PortListener
 from netbridge.ipc.messages import Facts
 from netbridge.ipc.server import PortServer
 from netbridge.log import Log
@@ -24,148 +27,103 @@ from netbridge.metrics import CounterPage
 from netbridge.virtio import features
 from netbridge.virtio.dma import VfioDma
 from netbridge.virtio.net import RX_VECTOR, InterruptMode, NetDevice
-from netbridge.virtio.pci import VirtioPci, require_virtio_net
-from netbridge.vnode.capabilities import IRQ, MIB, NETWORK, PCI, SHARE, Capabilities, Msix
+from netbridge.virtio.pci import VirtioPci
+from netbridge.vnode import handover, sandbox
+from netbridge.vnode.capabilities import SHARE
+from netbridge.vnode.manifest import Manifest
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any
+    from typing import Any, NoReturn
 
-    from netbridge.vnode.manifest import Manifest
-
-MSIX_VECTORS = 3  # configuration, receive, transmit
-QUEUE_MEMORY = MIB // 4  # two virtqueues of 256 entries and the TX header, with room
 DELIVERY_SAMPLES = 200
 DELIVERY_DEADLINE_S = 1.0
 
 
-class Options:
-    """What the command line adds to the manifest."""
-
-    def __init__(
-        self,
-        *,
-        pci: vfio.PciAddress | None,
-        socket_path: str,
-        counters_path: str,
-        service_uids: Collection[int],
-        without_features: Collection[str],
-        interface: str,
-        settings: Settings,
-    ) -> None:
-        self.pci = pci
-        self.socket_path = socket_path
-        self.counters_path = counters_path
-        self.service_uids = service_uids
-        self.without_features = without_features
-        self.interface = interface
-        self.settings = settings
+def main() -> NoReturn:
+    """The whole life of the process. Started by the monitor; see netbridge/vnode/handover.py."""
+    try:
+        channel = socket.socket(fileno=handover.CHANNEL_FD)
+        started = handover.receive_start(channel) if channel.type == socket.SOCK_SEQPACKET else None
+    except OSError:
+        started = None
+    if started is None:
+        os.write(2, b"this is the driver process of a V-Node; start it with: netbridge run\n")
+        os._exit(ExitCode.USAGE)
+    code = ExitCode.OK
+    try:
+        why = _serve(*started, channel)
+        handover.say(channel, handover.STOPPED, why.name)
+    except BaseException as error:
+        code, text = _explain(error)
+        handover.say(channel, handover.FAILED, f"{code}\n{text}")
+    # Without the interpreter's own end, which may want files that are out of reach by now.
+    os._exit(code)
 
 
-def run(manifest: Manifest, options: Options, log: Log) -> tuple[Stop, int, dict[str, Any]]:
-    """Claims the manifest's function and serves its port until a signal or an unplug.
+def _explain(error: BaseException) -> tuple[int, str]:
+    """The exit code and the message for the user; for what nobody foresaw also where it happened."""
+    lines = [str(error), *getattr(error, "__notes__", ())]
+    if isinstance(error, NetbridgeError):
+        return error.exit_code, "\n".join(lines)
+    if isinstance(error, vfio.VfioError):
+        return ExitCode.DEVICE, "\n".join(lines)
+    place, trace = [], error.__traceback__
+    while trace is not None:
+        place.append(f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}")
+        trace = trace.tb_next
+    lines[0] = f"this should not happen: {type(error).__name__}: {error} ({' > '.join(place[-4:])})"
+    return ExitCode.FAILURE, "\n".join(lines)
 
-    Returns why it stopped, the signal's number (0 for none), and the final counters. Raises NetbridgeError or
-    vfio.VfioError; whatever was claimed has then been given back.
-    """
+
+def _serve(start: dict[str, Any], fds: list[int], channel: socket.socket) -> Stop:
+    """Serves the port until told to stop, or the device goes. Raises NetbridgeError or vfio.VfioError; the device is
+    quiet then."""
+    device_fd, iommu_fd, port_fd, counters_fd = fds
+    manifest = Manifest.from_dict(start["manifest"])
     granted = manifest.capabilities
-    address = _check_grants(granted, options)
-    wanted = features.select(options.without_features)
+    address = granted.pci_function
+    assert address is not None
+    log = Log(granted.log)
+    sandbox.set_name("netbridge-drv")
+    if start["confinement"] is not None:
+        listener = sandbox.confine(sandbox.Confinement(*start["confinement"]))
+        handover.say(channel, handover.CONFINED, fds=[listener])
+        os.close(listener)
+    mode = InterruptMode(start["irq"])
+    refusal = "" if granted.has(SHARE) else f"the driver's manifest does not grant {SHARE}, so it shares no frames"
     with ExitStack() as stack:
-        stopping = stack.enter_context(_stop_signals())
-        # Before the device is touched: a socket that is taken should cost nobody a reset.
-        server = stack.enter_context(PortServer(options.socket_path, options.service_uids, Facts(bytes(6))))
-        counters = CounterPage(options.counters_path)
-        stack.callback(counters.close)
-        began = time.monotonic()
-        function = vfio.PciFunction(address)
-        # Before it is taken from its driver: this could be the disk that the system runs from.
-        require_virtio_net(str(address), function.vendor_id, function.device_id, function.class_code)
-        stack.enter_context(vfio.bind(address))
-        device = stack.enter_context(vfio.open_device(address, interface=options.interface))
-        mode = _check_irq(granted, device)
-        log("claimed", device=address, interface=device.interface, irq=granted.irq)
+        page = CounterPage.adopt(counters_fd)
+        stack.callback(page.close)
+        port = stack.enter_context(PortListener.adopt(port_fd, start["socket"]))
+        server = stack.enter_context(PortServer(port, start["service_uids"], Facts(bytes(6)), refusal=refusal))
+        device_fds = vfio.DeviceFds(start["interface"], device_fd, iommu_fd, ioas_id=start["ioas_id"])
+        device = stack.enter_context(vfio.Device.from_fds(address, device_fds))
+        wanted = features.select(start["without"])
         net = stack.enter_context(NetDevice(VirtioPci(device), VfioDma(device.iommu), interrupts=mode, wanted=wanted))
         request_fd, error_fd = _watch_device(device, stack)
         if mode is InterruptMode.MSIX:
             net.configure()
-            _measure_delivery(device, net, counters.counters)
+            _measure_delivery(device, net, page.counters)
             net.reset()
-        log("up", seconds=f"{time.monotonic() - began:.3f}", socket=options.socket_path)
+        handover.say(channel, handover.UP)
         bridge = Bridge(
             net,
             device.iommu,
             server,
-            counters.counters,
+            page.counters,
             log,
-            options.settings,
-            stop_fd=stopping.fileno(),
+            Settings(**start["settings"]),
+            stop_fd=channel.fileno(),
             request_fd=request_fd,
             error_fd=error_fd,
         )
         why = bridge.run()
         log("stopping", why=why.value)
-        return why, stopping.received, counters.snapshot()
+        return why
 
 
-# ---- What the manifest allows ---------------------------------------------------------------------------------------
-
-
-def _check_grants(granted: Capabilities, options: Options) -> vfio.PciAddress:
-    """Everything that can be refused before anything is touched. Returns the function to claim."""
-    granted.require(NETWORK, "opening a network device")
-    granted.require(PCI, "claiming the network device")
-    assert granted.pci_function is not None
-    if options.pci is not None:
-        granted.require_pci_function(options.pci, "claiming the function named with --pci")
-    granted.require(IRQ, "receiving the device's interrupts")
-    if isinstance(granted.irq, Msix):
-        granted.require_msix(MSIX_VECTORS, "one interrupt vector each for configuration, receive and transmit")
-    granted.require_dma(options.settings.dma_bytes + QUEUE_MEMORY, "the frame buffers and the virtqueues")
-    granted.require(SHARE, "passing the frame buffers to the service")
-    return granted.pci_function
-
-
-def _check_irq(granted: Capabilities, device: vfio.Device) -> InterruptMode:
-    """Which kind of interrupt the manifest grants; for INTx also that this function has that very line."""
-    if isinstance(granted.irq, Msix):
-        return InterruptMode.MSIX
-    granted.require_intx(device.config.interrupt_line, f"the interrupt of {device.address}")
-    return InterruptMode.INTX
-
-
-# ---- Signals, unplug, and how long an interrupt takes ---------------------------------------------------------------
-
-
-class _Stopping:
-    """Readable once SIGTERM or SIGINT has come; `received` is the signal's number, 0 before."""
-
-    def __init__(self, readable: socket.socket) -> None:
-        self._readable = readable
-        self.received = 0
-
-    def fileno(self) -> int:
-        return self._readable.fileno()
-
-    def note(self, number: int, _frame: object) -> None:
-        self.received = self.received or number
-
-
-@contextmanager
-def _stop_signals() -> Iterator[_Stopping]:
-    """Turns SIGTERM and SIGINT into a readable fd while the body runs. Main thread only."""
-    readable, written = socket.socketpair()
-    with readable, written:
-        written.setblocking(False)
-        stopping = _Stopping(readable)
-        before = {number: signal.signal(number, stopping.note) for number in (signal.SIGTERM, signal.SIGINT)}
-        wakeup = signal.set_wakeup_fd(written.fileno(), warn_on_full_buffer=False)
-        try:
-            yield stopping
-        finally:
-            signal.set_wakeup_fd(wakeup)
-            for number, handler in before.items():
-                signal.signal(number, handler)
+# ---- Unplug, and how long an interrupt takes ------------------------------------------------------------------------
 
 
 def _watch_device(device: vfio.Device, stack: ExitStack) -> tuple[int | None, int | None]:

@@ -5,11 +5,12 @@ Without CAP_LOG_WRITE nothing is logged; the error that ends the process is prin
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 
 _PLAIN = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-:/+,@")
+# As in JSON, but without its module: the driver process has little memory.
+_ESCAPES = {'"': '\\"', "\\": "\\\\", "\n": "\\n"}
 
 
 class Log:
@@ -24,10 +25,18 @@ class Log:
             return
         words = [f"netbridge: {time.monotonic():.3f} {event}", *(f"{k}={_quoted(v)}" for k, v in fields.items())]
         # One write: lines of two processes on one stream stay whole.
-        sys.stderr.write(" ".join(words) + "\n")
-        sys.stderr.flush()
+        try:
+            sys.stderr.write(" ".join(words) + "\n")
+            sys.stderr.flush()
+        except OSError:
+            # Whoever read it is gone; that must not end a driver.
+            self.enabled = False
 
 
 def _quoted(value: object) -> str:
     text = str(value)
-    return text if text and _PLAIN.issuperset(text) else json.dumps(text)
+    return text if text and _PLAIN.issuperset(text) else f'"{"".join(_ESCAPES.get(c) or _visible(c) for c in text)}"'
+
+
+def _visible(character: str) -> str:
+    return character if character.isprintable() else f"\\u{ord(character):04x}"

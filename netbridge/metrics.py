@@ -1,8 +1,8 @@
 """The counters page: written by the driver in shared memory, read by whoever may, without disturbing it.
 
-The driver owns a file in its run directory and counts into a mapping of it (`struct nb_counters` in the core's api.h);
-`netbridge stats` maps the same file read-only. Nothing is locked: a reader sees each counter whole, all of them almost
-at one moment.
+The monitor makes a file in the run directory, and the driver counts into a mapping of it (`struct nb_counters` in the
+core's api.h); `netbridge stats` copies the same file. Nothing is locked: a reader sees each counter whole, all of them
+almost at one moment.
 """
 
 from __future__ import annotations
@@ -10,10 +10,13 @@ from __future__ import annotations
 import mmap
 import os
 import struct
-from typing import Any
 
 from netbridge.datapath._core import ffi, lib
 from netbridge.errors import NetbridgeError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 MAGIC = int.from_bytes(b"NBCOUNT1", "little")
 _HEADER = struct.Struct("<QQ")
@@ -45,8 +48,9 @@ class CountersUnreadable(NetbridgeError):
 
 
 class CounterPage:
-    """The driver's own page. Owns the file at `path` and removes it on `close`; `counters` is a
-    `struct nb_counters *` for the core, good until then."""
+    """The page, for those who write it. The monitor makes it with a `path`, keeps it over the lives of its drivers, and
+    removes it in `close`; a driver takes over the file it is handed, with `adopt`. `counters` is a
+    `struct nb_counters *` for the core, good until `close`; `fd` is the file, for handing it over."""
 
     def __init__(self, path: str) -> None:
         """Raises NetbridgeError when the file cannot be made."""
@@ -56,33 +60,55 @@ class CounterPage:
         try:
             fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
             try:
+                # Whatever this process's umask is: everybody may read it.
+                os.fchmod(fd, 0o644)
                 os.ftruncate(fd, size)
                 # A page that is full of zeroes is in memory and on the file system before anything counts on it.
                 os.posix_fallocate(fd, 0, size)
-                self._map = mmap.mmap(fd, size)
+                self._attach(fd)
                 os.rename(temporary, path)
             except OSError:
+                os.close(fd)
                 os.unlink(temporary)
                 raise
-            finally:
-                os.close(fd)
         except OSError as error:
             raise NetbridgeError(f"cannot make the counters page {path}: {error.strerror}") from error
-        self._buffer = ffi.from_buffer("uint8_t[]", self._map)
-        self.counters = ffi.cast("struct nb_counters *", self._buffer)
         self.counters.size = size
         self.counters.magic = MAGIC
+
+    @classmethod
+    def adopt(cls, fd: int) -> CounterPage:
+        """The page that the monitor made. Takes ownership of `fd`, and closes it: the mapping is enough. Raises
+        OSError."""
+        page = cls.__new__(cls)
+        page.path = ""  # not its own to remove
+        try:
+            page._attach(fd)
+        finally:
+            os.close(fd)
+        page.fd = -1
+        return page
+
+    def _attach(self, fd: int) -> None:
+        self.fd = fd
+        self._map = mmap.mmap(fd, ffi.sizeof("struct nb_counters"))
+        self._buffer = ffi.from_buffer("uint8_t[]", self._map)
+        self.counters = ffi.cast("struct nb_counters *", self._buffer)
 
     def snapshot(self) -> dict[str, Any]:
         """All counters as plain data; see `as_dict`."""
         return as_dict(self.counters)
 
     def close(self) -> None:
-        """Removes the file and unmaps. Nothing may count any more."""
-        try:
-            os.unlink(self.path)
-        except FileNotFoundError:
-            pass
+        """Removes the file, if this made it, and unmaps. Nothing may count any more."""
+        if self.path:
+            try:
+                os.unlink(self.path)
+            except FileNotFoundError:
+                pass
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
         self.counters = ffi.NULL
         ffi.release(self._buffer)
         self._map.close()

@@ -57,6 +57,17 @@ class PortListener:
         os.chmod(self.path, mode)
         self.socket.listen(_BACKLOG)
 
+    @classmethod
+    def adopt(cls, fd: int, path: str) -> PortListener:
+        """A listening socket that another process opened at `path` and keeps: it stays that one's to remove. Takes
+        ownership of `fd`. Touches no file."""
+        listener = cls.__new__(cls)
+        listener.path = path
+        with ExitStack() as stack:
+            listener.socket = stack.enter_context(socket.socket(fileno=fd))
+            listener._stack = stack.pop_all()
+        return listener
+
     def fileno(self) -> int:
         return self.socket.fileno()
 

@@ -156,7 +156,8 @@ class PortServer:
     `allowed_uids`.
 
     Put `fileno()` into an event loop; when it is readable call `handle()`. `offer()` a session before or after a client
-    has come. `handshake_seconds` bounds how long a client may take for HELLO, and again for READY.
+    has come. `handshake_seconds` bounds how long a client may take for HELLO, and again for READY. `refusal`: every
+    client is turned away, for this reason.
 
     Raises PortInUse or PortUnavailable as PortListener does, OSError when the system gives no more fds.
     """
@@ -169,8 +170,10 @@ class PortServer:
         *,
         mode: int = 0o666,
         handshake_seconds: float = HANDSHAKE_SECONDS,
+        refusal: str = "",
     ) -> None:
         self.allowed_uids = frozenset(allowed_uids)
+        self.refusal = refusal
         self.handshake_seconds = handshake_seconds
         facts.check()
         self._facts = facts
@@ -280,7 +283,9 @@ class PortServer:
         pid, uid, _ = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
         connection = _Connection(sock, Peer(pid, uid))
         refusal = None
-        if uid not in self.allowed_uids:
+        if self.refusal:
+            refusal = Bye(Reason.NOT_PERMITTED, self.refusal)
+        elif uid not in self.allowed_uids:
             refusal = Bye(Reason.NOT_PERMITTED, f"uid {uid} is not on the driver's list")
         elif self._client is not None:
             refusal = Bye(Reason.BUSY, "one client at a time; try again when it has left")

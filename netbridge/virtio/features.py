@@ -9,16 +9,15 @@ cannot be taken for each other.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 from netbridge.errors import UsageError
 from netbridge.virtio.errors import FeatureMissing
+from vfio._record import NamedTuple
 
 LARGEST_BIT = 63  # the transports read 64 bits; virtio 1.3 has no feature of a network device beyond them
 
 
-@dataclass(frozen=True, slots=True)
-class Feature:
+class Feature(NamedTuple):
     """One feature bit. `requires` lists what else must be agreed: all of the groups, and of each group any one."""
 
     name: str
@@ -154,8 +153,7 @@ def select(off: Iterable[str] = ()) -> tuple[Feature, ...]:
     return tuple(item for item in SUPPORTED if item not in turned_off)
 
 
-@dataclass(frozen=True, slots=True)
-class FeatureRow:
+class FeatureRow(NamedTuple):
     """What became of one bit."""
 
     name: str
@@ -168,8 +166,7 @@ class FeatureRow:
     meaning: str
 
 
-@dataclass(frozen=True, slots=True)
-class Negotiation:
+class Negotiation(NamedTuple):
     """The outcome: three bit masks, and a row for every bit that was offered or wanted, in order of bits."""
 
     offered: int

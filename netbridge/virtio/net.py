@@ -15,9 +15,7 @@ device.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from enum import Enum
 
 import vfio
@@ -46,9 +44,11 @@ from netbridge.virtio.transport import (
     describe_status,
     read_consistently,
 )
+from vfio._record import NamedTuple
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
     from types import TracebackType
     from typing import Any, TypeVar
 
@@ -80,8 +80,7 @@ class InterruptMode(Enum):
     INTX = "intx"  # one line for all; the ISR status byte says what for
 
 
-@dataclass(frozen=True, slots=True)
-class Interrupts:
+class Interrupts(NamedTuple):
     """The eventfds on which interrupts arrive. -1 where the mode has none. The network device owns them all and keeps
     them, the same ones, until it is closed."""
 
@@ -93,8 +92,7 @@ class Interrupts:
     intx_unmask_fd: int = -1  # written to by the driver, to have the line again
 
 
-@dataclass(frozen=True, slots=True)
-class NetFacts:
+class NetFacts(NamedTuple):
     """What the device says of itself, checked, as of `configure`."""
 
     mac: bytes  # six bytes
@@ -115,15 +113,15 @@ class NetFacts:
         return self.mtu + ETHERNET_HEADER_BYTES
 
 
-@dataclass(frozen=True, slots=True)
 class VirtQueue:
     """A virtqueue that the device knows of. `handle` is the C core's `struct nb_virtqueue *`, owned by the network
     device and gone after its next `reset`, `configure` or `close`: free whatever uses it before."""
 
-    index: int
-    size: int  # entries
-    vector: int  # NO_VECTOR with INTx
-    handle: Any
+    def __init__(self, index: int, size: int, vector: int, handle: Any) -> None:
+        self.index = index
+        self.size = size  # entries
+        self.vector = vector  # NO_VECTOR with INTx
+        self.handle = handle
 
 
 class NetDevice:

@@ -9,12 +9,12 @@ registers, and a status byte written twice, or wider than it is, is a different 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from enum import IntEnum
 
 import vfio
 from netbridge.virtio.errors import Misbehaved, NotVirtioNet
 from netbridge.virtio.transport import RESET_DEADLINE_S, QueueSetup, await_reset
+from vfio._record import NamedTuple
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -188,8 +188,7 @@ _TITLES = {
 _NEEDS = {Kind.COMMON: (COMMON_BYTES, 4), Kind.NOTIFY: (2, 2), Kind.ISR: (1, 1), Kind.DEVICE: (1, 4)}
 
 
-@dataclass(frozen=True, slots=True)
-class Structure:
+class Structure(NamedTuple):
     """Where one structure lies: inside its BAR, checked."""
 
     kind: Kind

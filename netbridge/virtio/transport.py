@@ -10,10 +10,10 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from enum import IntFlag
 
 from netbridge.virtio.errors import ConfigUnstable, Gone, ResetTimeout
+from vfio._record import NamedTuple
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -41,8 +41,7 @@ class Status(IntFlag):
 STATUS_OF_NOTHING = 0xFF
 
 
-@dataclass(frozen=True, slots=True)
-class QueueSetup:
+class QueueSetup(NamedTuple):
     """What the device is told of one virtqueue. Addresses as the device sees them (IOVAs)."""
 
     size: int  # entries
@@ -130,14 +129,13 @@ class Transport(Protocol):
         """Unmap what was mapped. Does not touch the device. Doing it twice is harmless."""
 
 
-@dataclass(frozen=True, slots=True)
-class ConfigField:
-    """A field of the device configuration: `count` values of `width` bytes each, read one access each."""
+class ConfigField(NamedTuple):
+    """A field of the device configuration: `values` values of `width` bytes each, read one access each."""
 
     name: str
     offset: int
     width: int
-    count: int = 1
+    values: int = 1
 
 
 def read_consistently(transport: Transport, fields: Sequence[ConfigField]) -> dict[str, tuple[int, ...]]:
@@ -149,7 +147,7 @@ def read_consistently(transport: Transport, fields: Sequence[ConfigField]) -> di
         before = transport.config_generation()
         values = {
             field.name: tuple(
-                transport.read_config(field.offset + i * field.width, field.width) for i in range(field.count)
+                transport.read_config(field.offset + i * field.width, field.width) for i in range(field.values)
             )
             for field in fields
         }

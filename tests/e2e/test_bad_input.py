@@ -59,7 +59,7 @@ def test_another_irq_than_the_manifests(guest: Guest, pci: str) -> None:
     assert "CAP_IRQ_REGISTER" in done.stderr
 
 
-@pytest.mark.parametrize("capability", ["CAP_HARDWARE_IO_PCI", "CAP_IRQ_REGISTER", "CAP_DMA_ALLOC", "CAP_MEM_SHARE"])
+@pytest.mark.parametrize("capability", ["NetworkAccess", "CAP_HARDWARE_IO_PCI", "CAP_IRQ_REGISTER", "CAP_DMA_ALLOC"])
 def test_a_missing_capability(guest: Guest, pci: str, capability: str) -> None:
     done = refused(guest, testbed.manifest(pci, without=[capability]))
     assert done.returncode == ExitCode.REFUSED
@@ -67,12 +67,12 @@ def test_a_missing_capability(guest: Guest, pci: str, capability: str) -> None:
 
 
 def test_without_the_log_capability_only_the_fatal_error_is_said(guest: Guest, pci: str) -> None:
-    done = refused(guest, testbed.manifest(pci, without=["CAP_LOG_WRITE", "CAP_MEM_SHARE"]))
+    done = refused(guest, testbed.manifest(pci, without=["CAP_LOG_WRITE", "CAP_DMA_ALLOC"]))
     assert len(done.stderr.splitlines()) == 1
 
 
 def test_too_little_locked_memory(guest: Guest, pci: str) -> None:
-    limited = ("prlimit", "--memlock=65536", "setpriv", "--bounding-set=-ipc_lock", "--inh-caps=-ipc_lock")
+    limited = ("prlimit", "--memlock=65536", "setpriv", "--bounding-set=-ipc_lock,-sys_resource", "--inh-caps=-ipc_lock")
     done = refused(guest, testbed.manifest(pci), prefix=limited)
     assert done.returncode == ExitCode.DEVICE
     assert "locked" in done.stderr

@@ -47,7 +47,9 @@ GRANTS = (
 )
 
 
-def manifest(pci: str, *, irq: str = "msix", without: Sequence[str] = (), mem_mb: int = 16) -> str:
+def manifest(
+    pci: str, *, irq: str = "msix", without: Sequence[str] = (), mem_mb: int = 16, mode: str = "strict"
+) -> str:
     """A vnode.yml for the NIC at this address; `without` are capabilities to leave out."""
     grants = [grant.format(pci=pci, irq=irq) for grant in GRANTS]
     kept = [grant for grant in grants if grant.partition(":")[0] not in without]
@@ -56,7 +58,7 @@ def manifest(pci: str, *, irq: str = "msix", without: Sequence[str] = (), mem_mb
 vnode:
   name: "net-bridge"
   version: "0.1.0"
-  mode: permissive
+  mode: {mode}
 runtime:
   entrypoint: "bin/net-bridge.vnode"
   required_mem_mb: {mem_mb}

@@ -85,7 +85,7 @@ def test_a_function_that_is_not_there(command: Command) -> None:
 
 @pytest.mark.parametrize(
     "capability",
-    ["NetworkAccess", "CAP_HARDWARE_IO_PCI", "CAP_IRQ_REGISTER", "CAP_DMA_ALLOC", "CAP_MEM_SHARE"],
+    ["NetworkAccess", "CAP_HARDWARE_IO_PCI", "CAP_IRQ_REGISTER", "CAP_DMA_ALLOC"],
 )
 def test_a_capability_that_is_missing_is_refused_by_name(command: Command, capability: str) -> None:
     command.without(capability)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from netbridge.datapath._core import ffi, lib
 
 
 @pytest.fixture
-def page(tmp_path: Path) -> metrics.CounterPage:
+def page(tmp_path: Path) -> Iterator[metrics.CounterPage]:
     page = metrics.CounterPage(str(tmp_path / "counters"))
     yield page
     page.close()

@@ -1,0 +1,122 @@
+"""A cgroup (v2) for the driver process: how much memory and CPU it may have at most.
+
+Where a process may make cgroups depends on who manages them. In the root cgroup (a system without a manager of
+cgroups, a container) one is simply made. In a cgroup of one's own, such as a systemd unit's with Delegate=yes, the
+monitor first moves into a child of it, because a cgroup with children must hold no process. Anywhere else there is none
+to be had, and `NoCgroup` says why. Source: Documentation/admin-guide/cgroup-v2.rst of the kernel.
+"""
+
+from __future__ import annotations
+
+import os
+
+from netbridge.errors import NetbridgeError
+
+ROOT = "/sys/fs/cgroup"
+CONTROLLERS = ("memory", "cpu")
+MONITOR = "monitor"
+CPU_PERIOD_US = 100_000
+
+
+class NoCgroup(NetbridgeError):
+    """There is no cgroup to be had here; the limits are not enforced."""
+
+
+class Cgroup:
+    """The cgroup of one driver. Owns its directory, and removes it in `close`."""
+
+    def __init__(self, name: str, *, root: str = ROOT, own: str | None = None) -> None:
+        """Makes it, or takes it over from a monitor that was killed. `own` is the path of this process's cgroup, read
+        from /proc when not given. Raises NoCgroup."""
+        if not os.path.exists(f"{root}/cgroup.controllers"):
+            raise NoCgroup(f"no cgroup v2 is mounted at {root}")
+        base = f"{root}{_own_path() if own is None else own}".rstrip("/")
+        self.path = f"{base}/{name}"
+        try:
+            if base != root.rstrip("/"):
+                _make_room(base)
+            missing = [word for word in CONTROLLERS if word not in _read(f"{base}/cgroup.subtree_control").split()]
+            if missing:
+                _write(f"{base}/cgroup.subtree_control", " ".join(f"+{word}" for word in missing))
+            os.makedirs(self.path, exist_ok=True)
+        except OSError as error:
+            raise NoCgroup(f"no cgroup can be made in {base}: {error.strerror}") from None
+
+    def limit(self, memory_bytes: int) -> None:
+        """At most so much memory: the process, its shared memory, and what the kernel holds for it; none of it swapped.
+        Raises NoCgroup."""
+        try:
+            _write(f"{self.path}/memory.max", str(memory_bytes))
+            _write(f"{self.path}/memory.oom.group", "1")
+            if os.path.exists(f"{self.path}/memory.swap.max"):
+                _write(f"{self.path}/memory.swap.max", "0")
+        except OSError as error:
+            raise NoCgroup(f"cannot limit the memory of {self.path}: {error.strerror}") from None
+
+    def limit_cpu(self, share: float | None) -> None:
+        """At most this share of one CPU, above 0; None lifts the limit. Raises NoCgroup."""
+        # The kernel takes no quota below 1 ms.
+        quota = "max" if share is None else str(max(round(share * CPU_PERIOD_US), 1000))
+        try:
+            _write(f"{self.path}/cpu.max", f"{quota} {CPU_PERIOD_US}")
+        except OSError as error:
+            raise NoCgroup(f"cannot limit the CPU of {self.path}: {error.strerror}") from None
+
+    def join(self) -> None:
+        """Puts the calling process into it. Raises OSError."""
+        _write(f"{self.path}/cgroup.procs", "0")
+
+    @property
+    def out_of_memory_kills(self) -> int:
+        """Processes that the kernel killed in it because they wanted more memory than `limit` allows."""
+        events = dict(line.split() for line in _read(f"{self.path}/memory.events").splitlines())
+        return int(events.get("oom_kill", 0))
+
+    @property
+    def memory_peak(self) -> int | None:
+        """The most memory that was ever charged to it, bytes; None where the kernel does not tell (before 5.19)."""
+        try:
+            return int(_read(f"{self.path}/memory.peak"))
+        except OSError:
+            return None
+
+    def close(self) -> None:
+        """Removes it. A process that is still in it keeps it, and that is left to the next start."""
+        try:
+            os.rmdir(self.path)
+        except OSError:
+            pass
+
+
+def _own_path() -> str:
+    for line in _read("/proc/self/cgroup").splitlines():
+        number, _, path = line.split(":", 2)
+        if number == "0":
+            return "" if path == "/" else path
+    raise NoCgroup("this process is in no cgroup of version 2")
+
+
+def _make_room(base: str) -> None:
+    """Moves this process, when it is alone in its cgroup, into a child."""
+    members = _read(f"{base}/cgroup.procs").split()
+    if os.path.basename(base) == MONITOR or members not in ([str(os.getpid())], []):
+        raise NoCgroup(
+            f"other processes are in the cgroup {base}, too; start the command in one of its own, such as a systemd "
+            "unit with Delegate=yes, or with systemd-run --scope --property=Delegate=yes"
+        )
+    os.makedirs(f"{base}/{MONITOR}", exist_ok=True)
+    _write(f"{base}/{MONITOR}/cgroup.procs", "0")
+
+
+def _read(path: str) -> str:
+    with open(path, encoding="ascii") as file:
+        return file.read()
+
+
+def _write(path: str, text: str) -> None:
+    # Unbuffered and at once: the kernel answers with the write.
+    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.write(fd, text.encode())
+    finally:
+        os.close(fd)

@@ -1,0 +1,75 @@
+"""What the monitor and the driver process say to each other, over one SOCK_SEQPACKET pair.
+
+The monitor sends the start, with the files the driver works with, and later `STOP`. The driver answers in plain words,
+which is all that a monitor wants to hear from a process that may have been taken over:
+
+    confined    with the seccomp listener's file: it is in its sandbox (mode strict)
+    up          it has the device, and serves the port
+    stopped W   it ended well, for the reason W (a name of `bridge.Stop`)
+    failed C    it ends with this exit code, for the reason on the lines that follow
+
+Either end sees the other's death as the end of the stream: the driver then quiesces the device and ends.
+"""
+
+from __future__ import annotations
+
+import marshal
+import os
+import socket
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Any
+
+CHANNEL_FD = 3  # where the driver process finds its end
+STOP = b"stop"
+CONFINED, UP, STOPPED, FAILED = "confined", "up", "stopped", "failed"
+_LONGEST_START = 1 << 16
+_LONGEST_WORD = 1 << 14
+_MOST_FDS = 8
+
+
+def send_start(channel: socket.socket, start: dict[str, Any], fds: Sequence[int]) -> None:
+    """Monitor to driver. `start` is plain data; it travels as marshal, which costs the driver no module, and comes from
+    its own parent and the same interpreter."""
+    socket.send_fds(channel, [marshal.dumps(start)], fds)
+
+
+def receive_start(channel: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
+    """In the driver: waits for it. The caller owns the fds. None when the monitor is gone."""
+    data, fds, _, _ = socket.recv_fds(channel, _LONGEST_START, _MOST_FDS, socket.MSG_CMSG_CLOEXEC)
+    if not data:
+        return None
+    start: dict[str, Any] = marshal.loads(data)
+    return start, list(fds)
+
+
+def say(channel: socket.socket, word: str, detail: str = "", fds: Sequence[int] = ()) -> None:
+    """Driver to monitor. Nothing happens when the monitor is gone: there is nobody left to tell."""
+    data = f"{word} {detail}".strip().encode()[:_LONGEST_WORD]
+    try:
+        if fds:
+            socket.send_fds(channel, [data], fds)
+        else:
+            channel.send(data)
+    except (BrokenPipeError, ConnectionResetError):
+        pass
+
+
+def hear(channel: socket.socket) -> tuple[str, str, list[int]] | None:
+    """In the monitor: the next word, its detail, and files that came with it, the caller's to close. None when the
+    driver is gone, or says what no driver says. Raises BlockingIOError when nothing waits."""
+    try:
+        data, fds, _, _ = socket.recv_fds(
+            channel, _LONGEST_WORD, _MOST_FDS, socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT
+        )
+    except ConnectionResetError:
+        return None
+    word, _, detail = data.decode("utf-8", "replace").partition(" ")
+    wanted = 1 if word == CONFINED else 0
+    if word not in (CONFINED, UP, STOPPED, FAILED) or len(fds) != wanted:
+        for fd in fds:
+            os.close(fd)
+        return None
+    return word, detail, list(fds)

@@ -237,6 +237,6 @@ TEST(wait_is_not_ended_by_an_old_doorbell)
     CHECK_EQ(eventfd_write(world.driver_doorbell_fd, 1), 0);
     CHECK_EQ(eventfd_write(world.client_control_fd, 1), 0);
     CHECK_EQ(nb_client_wait(&world.client, NB_WAIT_RECEIVE | NB_WAIT_CONTROL, world.client_control_fd, -1), NB_WAIT_CONTROL);
-    CHECK(!is_rung(world.driver_doorbell_fd));
+    CHECK(!is_rung(world.client.driver_doorbell_fd));
     world_close(&world);
 }

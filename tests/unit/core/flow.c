@@ -326,6 +326,39 @@ TEST(one_doorbell_for_one_sleep)
     world_close(&world);
 }
 
+/* Poll after enabling: what came before the pump asked for a wake-up will wake nobody, so it looks once more. */
+TEST(pump_looks_once_more_before_it_sleeps)
+{
+    struct world world;
+    struct nb_piece piece;
+    world_open(&world, (struct world_config){.rx_count = 16}); /* so few that each returned buffer matters */
+    world_pump_idle(&world);
+    CHECK(white_box_ask_for_wakeup(world.pump));
+    white_box_stop_asking(world.pump);
+
+    deliver(&world, 0, 60);
+    CHECK(!white_box_ask_for_wakeup(world.pump));
+    world_pump_idle(&world);
+    CHECK(white_box_ask_for_wakeup(world.pump));
+    white_box_stop_asking(world.pump);
+
+    piece = receive_one(&world, 0, 60);
+    nb_client_release(&world.client, &piece, 1);
+    CHECK(!white_box_ask_for_wakeup(world.pump));
+    world_pump_idle(&world);
+
+    send_one(&world, 0, 60);
+    CHECK(!white_box_ask_for_wakeup(world.pump));
+    world_pump_idle(&world);
+    CHECK(white_box_ask_for_wakeup(world.pump));
+    white_box_stop_asking(world.pump);
+
+    transmit_one(&world, 0, 60);
+    CHECK(!white_box_ask_for_wakeup(world.pump));
+    world_pump_idle(&world);
+    world_close(&world);
+}
+
 /* The client may have been waiting for a TX buffer since before there was a pump. */
 TEST(priming_wakes_a_client_that_waits_for_a_buffer)
 {

@@ -45,9 +45,10 @@ TEST(echo_while_polling)
     echo_through((struct world_config){.spin_ns = 50000}, (struct traffic_config){.frames = 6000, .window = 60, .burst = 16});
 }
 
-TEST(echo_with_the_drivers_doorbell_a_pipe)
+/* The client has the driver's eventfd, not an epoll instance around it. */
+TEST(echo_with_a_bare_doorbell)
 {
-    echo_through((struct world_config){.doorbell_is_a_pipe = true},
+    echo_through((struct world_config){.doorbell_is_bare = true},
                  (struct traffic_config){.frames = 5000, .window = 20, .burst = 4});
 }
 

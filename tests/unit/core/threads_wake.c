@@ -2,7 +2,7 @@
  * whether the other sleeps; the other says that it sleeps, then looks once more. In every round at least one of them must
  * have seen the other. Without a fence between the store and the load, on both sides, now and then neither does.
  *
- * Lost wake-up between re-arm and sleep: four pairs, with the core's own code on the core's sides.
+ * Lost wake-up between re-arm and sleep: five pairs, with the core's own code on the core's sides.
  */
 #include "check.h"
 #include "jitter.h"
@@ -72,7 +72,8 @@ static void *show(void *argument)
 static void fight_it_out(const struct duel *duel)
 {
     pthread_t thread;
-    world_open(&fight.world, (struct world_config){0});
+    /* So few RX buffers that the pump wants to know of every one that is returned. */
+    world_open(&fight.world, (struct world_config){.rx_count = 16});
     fight.duel = duel;
     CHECK_EQ(pthread_create(&thread, NULL, show, NULL), 0);
     double end = seconds_now() + SECONDS * check_times();
@@ -120,6 +121,34 @@ static bool pump_sleeps(struct world *world) { return white_box_ask_for_wakeup(w
 TEST(pump_falls_asleep_while_the_client_sends)
 {
     fight_it_out(&(struct duel){pump_wakes_up_to_no_entry, client_sees_the_pump_awake, client_sends, pump_sleeps});
+}
+
+/* ---- The pump falls asleep while the client gives buffers back ------------------------------------------------- */
+
+static void pump_wakes_up_to_no_return(struct world *world)
+{
+    white_box_stop_asking(world->pump);
+    forge_produced(world, RX_FREE, 0);
+}
+
+static void client_sees_the_pump_awake_again(struct world *world)
+{
+    world->client.rx_free_put = 1;
+    __atomic_store_n(&world->client.rx_free.header->wake, 0, __ATOMIC_RELAXED);
+}
+
+static bool client_gives_back(struct world *world)
+{
+    uint64_t rung = world->client.doorbells_sent;
+    nb_client_release(&world->client, NULL, 0);
+    nb_client_flush(&world->client);
+    return world->client.doorbells_sent != rung;
+}
+
+TEST(pump_falls_asleep_while_the_client_gives_back)
+{
+    fight_it_out(
+        &(struct duel){pump_wakes_up_to_no_return, client_sees_the_pump_awake_again, client_gives_back, pump_sleeps});
 }
 
 /* ---- The pump falls asleep while the device completes --------------------------------------------------------- */

@@ -2,10 +2,10 @@
 #define _GNU_SOURCE
 #include "world.h"
 
-#include <fcntl.h>
 #include <poll.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/epoll.h>
 #include <sys/eventfd.h>
 #include <sys/mman.h>
 #include <time.h>
@@ -170,13 +170,11 @@ static void open_fds(struct world *world)
         world->tx_irq_fd = world->config.one_vector ? world->rx_irq_fd : new_eventfd();
     }
     world->client_doorbell_fd = new_eventfd();
-    if (world->config.doorbell_is_a_pipe) {
-        int ends[2];
-        CHECK_EQ(pipe2(ends, O_NONBLOCK | O_CLOEXEC), 0);
-        world->client_end_of_doorbell_fd = ends[0];
-        world->driver_doorbell_fd = ends[1];
-    } else {
-        world->driver_doorbell_fd = world->client_end_of_doorbell_fd = new_eventfd();
+    world->driver_doorbell_fd = world->client_end_of_doorbell_fd = new_eventfd();
+    if (!world->config.doorbell_is_bare) {
+        struct epoll_event ring = {.events = EPOLLIN | EPOLLET};
+        world->client_end_of_doorbell_fd = epoll_create1(EPOLL_CLOEXEC);
+        CHECK_EQ(epoll_ctl(world->client_end_of_doorbell_fd, EPOLL_CTL_ADD, world->driver_doorbell_fd, &ring), 0);
     }
     world->control_fd = new_eventfd();
     world->client_control_fd = new_eventfd();
@@ -188,7 +186,7 @@ static void close_fds(struct world *world)
                  world->intx_fd,            world->unmask_fd,
                  world->client_doorbell_fd, world->driver_doorbell_fd,
                  world->control_fd,         world->client_control_fd,
-                 world->config.doorbell_is_a_pipe ? world->client_end_of_doorbell_fd : -1};
+                 world->config.doorbell_is_bare ? -1 : world->client_end_of_doorbell_fd};
     for (size_t i = 0; i < sizeof(fds) / sizeof(fds[0]); i++)
         if (fds[i] >= 0)
             close(fds[i]);

@@ -32,7 +32,7 @@ struct world_config {
     uint16_t queue_index;     /* where the virtqueues' indices begin [0] */
     bool intx;                /* [MSI-X] */
     bool one_vector;          /* both queues on one vector */
-    bool doorbell_is_a_pipe;  /* the driver's doorbell [eventfd] */
+    bool doorbell_is_bare;    /* the client has the driver's eventfd itself [an epoll instance around it] */
 };
 
 /* One piece of shared memory as each party has it mapped; NULL where it may not see it. */

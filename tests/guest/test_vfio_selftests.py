@@ -10,6 +10,7 @@ import errno
 import os
 import platform
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -374,7 +375,7 @@ def test_driver_memcpy_to_unmapped_iova(edu: vfio.Device, memory: vfio.Memory) -
         engine = Edu(edu)
         # Nothing mapped there, and something mapped for reading only.
         for target in (unmapped(edu), dma.iova + 2 * PAGE):
-            assert_fault(log, edu, lambda target=target: engine.memcpy(target, dma.iova, CHUNK))
+            assert_fault(log, edu, partial(engine.memcpy, target, dma.iova, CHUNK))
         assert bytes(memory.view) == before
 
 

@@ -10,6 +10,7 @@ import contextlib
 import inspect
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import tarfile
@@ -152,10 +153,11 @@ def fetch_packages(
             progress,
         )
         with tarfile.open(archive) as tar:
-            for member in tar.getmembers():
-                if member.isfile() and member.name.endswith(".deb"):
-                    member.name = Path(member.name).name
-                    tar.extract(member, out, filter="data")
+            for member in tar:
+                contents = tar.extractfile(member)
+                if contents is not None and member.name.endswith(".deb"):
+                    with contents, (out / Path(member.name).name).open("wb") as file:
+                        shutil.copyfileobj(contents, file)
     return sorted(out.glob("*.deb"))
 
 

@@ -93,7 +93,10 @@ def test_a_failing_check_fails_the_case(tmp_path: Path) -> None:
         "TEST(passes) { CHECK(true); }\n"
     )
     program = tmp_path / "failing"
-    toolchain.compile_program(dict.fromkeys((source, toolchain.TESTS / "check.c"), ADDRESS.flags), program)
+    toolchain.compile_program(
+        dict.fromkeys((source, *(toolchain.TESTS / name for name in ("check.c", "check_main.c"))), ADDRESS.flags),
+        program,
+    )
     outcomes = {
         case: toolchain.run(ADDRESS, [program, case], TIMEOUT_S)
         for case in ("check_fails", "byte_too_far", "leaks", "passes", "unknown")

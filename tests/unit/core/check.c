@@ -1,4 +1,4 @@
-/* `core-tests --list` names the cases; `core-tests CASE` runs one and ends with 0 if it passed. */
+/* Registering, failing, and running cases: see check.h. */
 #include "check.h"
 
 #include <stdarg.h>
@@ -43,7 +43,7 @@ unsigned check_times(void)
     return times > 1 ? (unsigned)times : 1;
 }
 
-int main(int argc, char **argv)
+int check_main(int argc, char **argv)
 {
     if (argc != 2) {
         fprintf(stderr, "usage: %s --list | CASE\n", argv[0]);

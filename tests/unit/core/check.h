@@ -34,6 +34,7 @@ void check_register(const char *name, void (*run)(void));
 void check_failed(const char *file, int line, const char *format, ...)
     __attribute__((format(printf, 3, 4), noreturn));
 
+int check_main(int argc, char **argv);
 /* How many times as long as usual a case is to try: CORE_TIMES in the environment, or 1. */
 unsigned check_times(void);
 

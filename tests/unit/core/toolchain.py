@@ -29,7 +29,7 @@ LINK_FLAGS = ("-Wl,--wrap=epoll_wait,--wrap=poll,--wrap=eventfd_write",)
 # Not compiled by themselves: a file in the tests' directory includes them, to see their inside.
 INCLUDED_ELSEWHERE = {"pump.c", "client.c"}
 # What every test program needs besides its cases.
-SUPPORT = ("fake_device", "jitter", "traffic", "white_box_client", "white_box_pump", "world")
+SUPPORT = ("check", "fake_device", "jitter", "traffic", "white_box_client", "white_box_pump", "world")
 
 _CASE = re.compile(r"^TEST\((\w+)\)", re.MULTILINE)
 
@@ -97,7 +97,7 @@ def build(variant: Variant, program: str, files: Sequence[str], directory: Path 
 
 def build_tests(variant: Variant, *files: str) -> Path:
     """The test program with the cases of these files (stems). Raises CompilationFailed."""
-    return build(variant, "core-tests", (*files, "check"))
+    return build(variant, "core-tests", (*files, "check_main"))
 
 
 def compile_program(sources: Mapping[Path, Sequence[str]], program: Path, link_flags: Sequence[str] = ()) -> None:

@@ -327,7 +327,12 @@ class GuestProcess(_Request):
 class Agent:
     """The guest's agent as seen from here; owns the socket. Every method may be called from any thread."""
 
-    def __init__(self, channel: socket.socket, on_hello: Callable[[], None] | None = None):
+    def __init__(
+        self,
+        channel: socket.socket,
+        on_hello: Callable[[], None] = lambda: None,
+        why_closed: Callable[[], str] = lambda: "QEMU has closed the agent's port",
+    ):
         self.changed = threading.Condition()
         self.hello: dict[str, Any] | None = None
         """What the agent said of itself: protocol, pid, python, kernel, uptime (s). None while it is not there."""
@@ -335,6 +340,7 @@ class Agent:
         """Bytes that one of the two ends could not make sense of."""
         self._channel = channel
         self._on_hello = on_hello
+        self._why_closed = why_closed
         self._sending = threading.Lock()
         self._requests: dict[int, _Request] = {}
         self._next = 1
@@ -399,7 +405,7 @@ class Agent:
             except OSError:
                 data = b""
             if not data:
-                self.lose("the harness has closed the channel" if self._closed else "QEMU has closed the agent's port")
+                self.lose("the harness has closed the channel" if self._closed else self._why_closed())
                 return
             acknowledge: dict[int, int] = {}
             with self.changed:
@@ -423,8 +429,7 @@ class Agent:
                 if not self._final:
                     self.hello = header
                     self._lost = None
-                if self._on_hello is not None:
-                    self._on_hello()
+                self._on_hello()
             elif event == "garbage":
                 self.garbage += int(header.get("bytes", 0))
             return 0

@@ -56,11 +56,13 @@ class Console:
                     panics = self._take(data)
                 else:
                     panics = self._take(b"\n") if self._partial else []
-                    self._ended = True
                 self._changed.notify_all()
             for line in panics:
                 self._on_panic(line)
             if not data:
+                with self._changed:
+                    self._ended = True
+                    self._changed.notify_all()
                 return
 
     def _take(self, data: bytes) -> list[str]:
@@ -104,6 +106,11 @@ class Console:
                 seen = self._count
                 if self._ended or not self._changed.wait(max(0.0, deadline - time.monotonic())):
                     return None
+
+    def wait_ended(self, timeout: float) -> bool:
+        """Whether the last of it has come within `timeout` seconds."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self._ended, timeout)
 
     def write(self, data: bytes) -> None:
         """Type something at the console."""

@@ -45,10 +45,11 @@ SPIN_SECONDS = 30.0
 """Processor time that a booting guest may use without a word on the console: with "quiet", that is all of its boot."""
 TRIAL_SECONDS = 8.0
 """The same for the first guest under KVM: where that works it takes a tenth of this, and where not it is no gain."""
-FLOOD_BYTES = 4 << 20
+FLOOD_BYTES = 1 << 19
 """What no guest prints while it boots."""
 LOOK_SECONDS = 0.25
 QUIT_SECONDS = 3.0
+PANIC_SECONDS = 2.0
 CONSOLE_LINES = 30
 
 FAULT = re.compile(r"DMAR:.*\bfault addr\b|virtio_iommu.*\bfault\b")
@@ -86,6 +87,7 @@ class Guest:
         """From the start of QEMU until the agent greeted."""
         self._state = threading.Condition()
         self._failure: HarnessError | None = None
+        self._panic: str | None = None
         self._up = False
         self._closing = False
         self._closed = False
@@ -113,17 +115,18 @@ class Guest:
         again.write_text(script(self.machine, self.argv))
         again.chmod(0o755)
         fds = [end.fileno() for end in theirs.values()] + [fd for netdev in netdevs.values() for fd in netdev.fds()]
+        # The watchers are there before there is anything to see, and stay until there is nothing more.
+        self._console = Console(ends["console"], self._on_panic)
+        stack.callback(self._console.close)
+        self.agent = Agent(ends["agent"], self._on_hello, self._why_closed)
+        stack.callback(self.agent.close)
+        self._control = Control(ends["control"], self.artefacts / "qmp.log", self._on_event)
+        stack.callback(self._control.close)
         self._began = time.monotonic()
         self._process = Process(self.argv, log=self.artefacts / "qemu.log", fds=fds, on_exit=self._on_exit)
         stack.callback(self._process.kill)
         for end in theirs.values():
             end.close()
-        self._console = Console(ends["console"], self._on_panic)
-        stack.callback(self._console.close)
-        self.agent = Agent(ends["agent"], self._on_hello)
-        stack.callback(self.agent.close)
-        self._control = Control(ends["control"], self.artefacts / "qmp.log", self._on_event)
-        stack.callback(self._control.close)
 
     # What the watchers see
 
@@ -137,7 +140,7 @@ class Guest:
             self.agent.lose(str(self._failure))
 
     def _with_console(self, text: str) -> str:
-        tail = self._console.tail(CONSOLE_LINES) if hasattr(self, "_console") else ""
+        tail = self._console.tail(CONSOLE_LINES)
         return f"{text}\n--- end of {self.console}\n{tail}" if tail.strip() else f"{text}; its console is empty"
 
     def _on_hello(self) -> None:
@@ -145,23 +148,34 @@ class Guest:
             self._state.notify_all()
 
     def _on_exit(self) -> None:
-        if not self._closing:
-            what = "guest is gone" if self._up else "guest never came up"
-            kind = GuestLost if self._up else GuestNeverCameUp
-            self._fail(kind(self._with_console(f"{what}: {self._process.ending()}")))
+        if self._closing:
+            return
+        # What the console has to say last may tell more than QEMU's exit code.
+        self._console.wait_ended(1.0)
+        if self._panic is not None:
+            self._fail(GuestPanicked(self._with_console(f"guest panicked: {self._panic}")))
+            return
+        what = "guest is gone" if self._up else "guest never came up"
+        kind = GuestLost if self._up else GuestNeverCameUp
+        self._fail(kind(self._with_console(f"{what}: {self._process.ending()}")))
 
     def _on_panic(self, line: str) -> None:
-        # panic=-1 ends QEMU right after the last line of the report, which belongs into the message.
-        threading.Thread(target=self._after_panic, args=(line,), name="panic", daemon=True).start()
+        if self._panic is None:
+            self._panic = line.strip()
+            # panic=-1 ends QEMU right after the last line of the report, which belongs into the message; if it does
+            # not, the guest has panicked all the same.
+            threading.Thread(target=self._after_panic, name="panic", daemon=True).start()
 
-    def _after_panic(self, line: str) -> None:
+    def _after_panic(self) -> None:
         with self._state:
-            self._state.wait_for(lambda: self._failure is not None or not self._process.running, 1.0)
-            panicked = GuestPanicked(self._with_console(f"guest panicked: {line.strip()}"))
-            # That QEMU ended is a consequence, wherever it was noticed first.
-            if isinstance(self._failure, GuestNeverCameUp | GuestLost):
-                self._failure = None
-        self._fail(panicked)
+            self._state.wait_for(lambda: self._failure is not None, PANIC_SECONDS)
+        self._fail(GuestPanicked(self._with_console(f"guest panicked: {self._panic}")))
+
+    def _why_closed(self) -> str:
+        """Why the agent's port was closed: QEMU's end is told a moment later than it is felt there."""
+        with self._state:
+            self._state.wait_for(lambda: self._failure is not None or self._closing, 2 * PANIC_SECONDS)
+            return str(self._failure) if self._failure is not None else "the guest is being closed"
 
     def _on_event(self, event: dict[str, Any]) -> None:
         name = event.get("event")
@@ -216,17 +230,14 @@ class Guest:
             elif used - used_then >= spin:
                 stuck = f"it has used {spin:.0f} s of processor time without a word on the console"
             elif self._console.size > FLOOD_BYTES:
-                stuck = f"it has flooded its console with {self._console.size >> 20} MiB"
+                stuck = f"it has flooded its console with {self._console.size >> 10} KiB"
             elif now - self._began >= timeout:
                 stuck = f"its agent did not greet within {timeout:g} s"
             if stuck is not None:
                 self._fail(GuestNeverCameUp(self._with_console(f"guest never came up: {stuck}")))
                 break
-        # A panic is noticed on the console a moment after QEMU's end is: the better reason wins.
-        with self._state:
-            self._state.wait_for(lambda: isinstance(self._failure, GuestPanicked), 0.2)
-            assert self._failure is not None
-            raise self._failure
+        assert self._failure is not None
+        raise self._failure
 
     @property
     def lost(self) -> HarnessError | None:
@@ -325,7 +336,9 @@ class Guest:
                     self._control.execute("quit", timeout=QUIT_SECONDS)
                     self._process.wait(QUIT_SECONDS)
         finally:
-            self._closing = True
+            with self._state:
+                self._closing = True
+                self._state.notify_all()
             self._stack.close()
             for wire in self.wires.values():
                 wire.close()
@@ -362,11 +375,12 @@ def boot(
 
     Raises GuestPanicked, GuestNeverCameUp, AcceleratorUnavailable, ToolMissing.
     """
+    artefacts = artefacts.absolute()
     artefacts.mkdir(parents=True, exist_ok=True)
     choice = accelerators.choose_accelerator(accel, kernel=image.kernel)
-    disks = [Disk(image.root, "root")]
+    disks = [Disk(image.root.absolute(), "root")]
     if code is not None:
-        disks.append(Disk(code, "code"))
+        disks.append(Disk(code.absolute(), "code"))
     made: dict[str, Wire] = {}
     fitted = []
     for index, nic in enumerate(nics):
@@ -446,7 +460,6 @@ def _attempt(
         guest._wait_up(timeout, SPIN_SECONDS if choice.proven else TRIAL_SECONDS)
     except BaseException:
         guest.wires.clear()  # they are for the next attempt, or for whoever made them to close
-        guest._closing = True
         guest.close()
         raise
     return guest

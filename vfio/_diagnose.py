@@ -59,13 +59,15 @@ def no_iommu(device: object, sysfs_root: str = "/sys", proc_root: str = "/proc")
         fix = "move it to a bus that is (under QEMU, the -device of the IOMMU comes before the others)"
     else:
         vendor = _text(f"{proc_root}/cpuinfo") or ""
-        command_line = _text(f"{proc_root}/cmdline") or ""
+        words = (_text(f"{proc_root}/cmdline") or "").split()
+        # The last one counts.
+        asked_for = [word for word in words if word.startswith("intel_iommu=")][-1:] == ["intel_iommu=on"]
         cause = "the kernel uses no IOMMU"
-        if "GenuineIntel" in vendor and "intel_iommu=on" not in command_line.split():
+        if "GenuineIntel" in vendor and not asked_for:
             fix = "turn VT-d on in the firmware and add intel_iommu=on to the kernel command line"
         elif "AuthenticAMD" in vendor or "HygonGenuine" in vendor:
             fix = "turn AMD-Vi (IOMMU) on in the firmware, and see that the kernel command line has no amd_iommu=off"
-            if "intel_iommu=on" not in command_line.split():
+            if not asked_for:
                 fix += "; in a guest with an emulated VT-d add intel_iommu=on"
         else:
             fix = "turn it on in the firmware, or give the virtual machine one (QEMU: -device intel-iommu)"

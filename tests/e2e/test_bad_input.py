@@ -109,7 +109,7 @@ def test_no_iommu(guests: Session) -> None:
 def test_no_vfio_pci_driver(guest: Guest, pci: str) -> None:
     """The module is unloaded and hidden: as on a kernel that was built without it."""
     guest.run(["modprobe", "--remove", "vfio_pci"])
-    hidden = ("unshare", "--mount", "sh", "-c", 'mount -t tmpfs none /lib/modules && exec "$@"', "sh")
+    hidden = ("unshare", "--mount", "sh", "-c", 'busybox mount -t tmpfs none /lib/modules && exec "$@"', "sh")
     try:
         done = refused(guest, testbed.manifest(pci), prefix=hidden)
     finally:

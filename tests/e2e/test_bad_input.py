@@ -72,7 +72,13 @@ def test_without_the_log_capability_only_the_fatal_error_is_said(guest: Guest, p
 
 
 def test_too_little_locked_memory(guest: Guest, pci: str) -> None:
-    limited = ("prlimit", "--memlock=65536", "setpriv", "--bounding-set=-ipc_lock,-sys_resource", "--inh-caps=-ipc_lock")
+    limited = (
+        "prlimit",
+        "--memlock=65536",
+        "setpriv",
+        "--bounding-set=-ipc_lock,-sys_resource",
+        "--inh-caps=-ipc_lock",
+    )
     done = refused(guest, testbed.manifest(pci), prefix=limited)
     assert done.returncode == ExitCode.DEVICE
     assert "locked" in done.stderr
@@ -95,7 +101,7 @@ def test_a_second_instance(guest: Guest) -> None:
         assert testbed.SOCKET in done.stderr
         other = guest.run(testbed.netbridge("run", testbed.MANIFEST, "--socket", "/run/other.sock"), check=False)
         assert other.returncode == ExitCode.DEVICE
-        assert str(bed.driver.pid) in other.stderr, "which process holds it"
+        assert str(bed.driver_pid) in other.stderr, "which process holds it"
         bed.stop()
 
 

@@ -19,8 +19,7 @@ ROOT = Path(__file__).parents[2]
 
 def alive(pid: int) -> bool:
     try:
-        # A zombie has no command line any more: it is not running.
-        return bool(Path(f"/proc/{pid}/cmdline").read_bytes())
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except OSError:
         return False
 

@@ -104,7 +104,7 @@ def test_sending_waits_until_there_is_room(wire: Wire, guest: socket.socket) -> 
     sender.start()
     time.sleep(0.05)  # so that the queue is full for a while: the outcome does not depend on it
     assert [guest.recv(100) for _ in sent] == sent
-    sender.join(5)
+    sender.join(30)
     assert wire.sent == 500
 
 

@@ -2,7 +2,7 @@
 #include "check.h"
 #include "world.h"
 
-#include <sched.h>
+#include <sys/eventfd.h>
 #include <time.h>
 
 /* Runs the pump for a tenth of a second of real time and fails if it was awake for more than a fifth of it. */
@@ -71,6 +71,16 @@ TEST(idle_after_many_doorbells)
         nb_client_flush(&world.client);
     }
     CHECK(is_rung(world.client_doorbell_fd));
+    expect_sleep(&world);
+}
+
+/* An interrupt for which there is nothing to do any more. */
+TEST(idle_after_interrupts)
+{
+    struct world world;
+    world_open(&world, (struct world_config){0});
+    CHECK_EQ(eventfd_write(world.rx_irq_fd, 1), 0);
+    CHECK_EQ(eventfd_write(world.tx_irq_fd, 1), 0);
     expect_sleep(&world);
 }
 

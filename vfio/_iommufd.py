@@ -11,7 +11,7 @@ import os
 from vfio import _abi, _diagnose, _sys
 from vfio._abi import ffi
 from vfio._backend import Backend, IommuInfo
-from vfio._type1 import iommu_refused, not_viable
+from vfio._type1 import iommu_refused, kernel_owned, not_viable
 from vfio.errors import DeviceBusy, Malformed, Unsupported, VfioError
 from vfio.iova import IovaRange
 from vfio.pci import PciFunction
@@ -93,19 +93,28 @@ class Ioas(Backend):
         try:
             _sys.call(device, _abi.VFIO_DEVICE_BIND_IOMMUFD, request)
         except OSError as error:
-            doing = "cannot bind it to the iommufd"
-            if error.errno in (errno.EBUSY, errno.EINVAL):  # EINVAL: its character device is bound already
-                group = f"{os.path.dirname(os.path.dirname(path))}/{function.iommu_group}"
-                held = _diagnose.describe_holders([path, group], but_not_fd=device)
-                if held is not None:
-                    raise DeviceBusy(
-                        doing, device=function.address, errno=error.errno, cause=held, fix="stop that process first"
-                    ) from None
-                if error.errno == errno.EBUSY:
-                    raise not_viable(function, error.errno) from None
-            if error.errno == errno.EPERM:
-                raise iommu_refused(function, error, "iommufd") from None
-            raise VfioError(doing, device=function.address, errno=error.errno) from None
+            raise self._bind_refused(function, error, device, path) from None
+
+    @staticmethod
+    def _bind_refused(function: PciFunction, error: OSError, device: int, path: str) -> VfioError:
+        """The kernel says EPERM or EBUSY when the group belongs to somebody else, the kernel's drivers included, and
+        EPERM as well when interrupts are not remapped; EINVAL when this character device is bound already."""
+        doing = "cannot bind it to the iommufd"
+        if error.errno in (errno.EPERM, errno.EBUSY) and kernel_owned(function):
+            return not_viable(function, error.errno)
+        if error.errno in (errno.EPERM, errno.EBUSY, errno.EINVAL):
+            directory = os.path.dirname(path)
+            nodes = [f"{os.path.dirname(directory)}/{function.iommu_group}"]
+            for member in function.group_members:
+                cdev = PciFunction(member, sysfs_root=function.sysfs_root).vfio_cdev
+                nodes.append(f"{directory}/{cdev}")
+            held = _diagnose.describe_holders(nodes, but_not_fd=device)
+            if held is not None:
+                fix = "stop that process first"
+                return DeviceBusy(doing, device=function.address, errno=error.errno, cause=held, fix=fix)
+        if error.errno == errno.EPERM:
+            return iommu_refused(function, error, "iommufd")
+        return VfioError(doing, device=function.address, errno=error.errno)
 
     def detach(self, group_fd: int) -> bool:  # noqa: ARG002
         # Closing the device's file detached it; the address space and its mappings stay until /dev/iommu is closed.

@@ -15,7 +15,7 @@ from vfio._abi import ffi
 from vfio._backend import Backend, IommuInfo
 from vfio.errors import DeviceBusy, DeviceGone, GroupNotViable, NotPermitted, Unsupported, VfioError
 from vfio.iova import IovaRange
-from vfio.pci import PciFunction
+from vfio.pci import PciAddress, PciFunction
 
 # interface: (the IOMMU models to try in order, the node that plays the container)
 KINDS: dict[str, tuple[tuple[str, ...], str]] = {
@@ -206,20 +206,25 @@ class Type1(Backend):
 
 def not_viable(function: PciFunction, errno_: int | None = None) -> GroupNotViable:
     """The error for a group that still has functions under kernel drivers: it names them."""
-    owned = []
-    for member in function.group_members:
-        driver = PciFunction(member, sysfs_root=function.sysfs_root).driver
-        if driver and not _diagnose.is_vfio_driver(driver) and driver not in _diagnose.HARMLESS_DRIVERS:
-            owned.append((member, driver))
-    cause = ", ".join(f"{member} is bound to {driver}" for member, driver in owned) or "a member is in use"
+    cause = ", ".join(f"{member} is bound to {driver}" for member, driver in kernel_owned(function))
     fix = "bind every function of the group to vfio-pci (vfio.bind), or unbind it"
     return GroupNotViable(
         f"IOMMU group {function.iommu_group} is not viable",
         device=function.address,
         errno=errno_,
-        cause=cause,
+        cause=cause or "a member is in use",
         fix=fix,
     )
+
+
+def kernel_owned(function: PciFunction) -> list[tuple[PciAddress, str]]:
+    """The members of a function's group that kernel drivers use, with the drivers' names."""
+    found = []
+    for member in function.group_members:
+        driver = PciFunction(member, sysfs_root=function.sysfs_root).driver
+        if driver and not _diagnose.is_vfio_driver(driver) and driver not in _diagnose.HARMLESS_DRIVERS:
+            found.append((member, driver))
+    return found
 
 
 def iommu_refused(function: PciFunction, error: OSError, module: str) -> VfioError:

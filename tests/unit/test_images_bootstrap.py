@@ -55,7 +55,7 @@ def test_the_arguments_say_it_all(mmdebstrap: Path, tmp_path: Path, monkeypatch:
     assert "--include=python3,kmod" in arguments
     assert "--dpkgopt=path-exclude=/usr/share/man/*" in arguments
     assert "echo aethernet:x:1000:1000::/nonexistent:/usr/sbin/nologin >>etc/passwd" in text
-    assert f"--customize-hook=download /mnt/root.ext4 {tmp_path}/root.ext4" in arguments
+    assert f"--customize-hook=download /image-root.ext4 {tmp_path}/root.ext4" in arguments
     assert arguments[-4:] == [
         "trixie",
         "/dev/null",

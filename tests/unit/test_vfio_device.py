@@ -160,9 +160,10 @@ def test_a_group_that_is_not_viable_names_who(machine: Machine) -> None:
         "0000:00:03.0: IOMMU group 7 is not viable: 0000:00:03.1 is bound to e1000e; "
         "bind every function of the group to vfio-pci (vfio.bind), or unbind it"
     )
-    machine.kernel.fail[_abi.VFIO_DEVICE_BIND_IOMMUFD] = errno.EBUSY
-    with pytest.raises(vfio.GroupNotViable, match=r"03.1 is bound to e1000e"):
-        machine.open("iommufd")
+    for code in (errno.EBUSY, errno.EPERM):
+        machine.kernel.fail[_abi.VFIO_DEVICE_BIND_IOMMUFD] = code
+        with pytest.raises(vfio.GroupNotViable, match=r"03.1 is bound to e1000e"):
+            machine.open("iommufd")
 
 
 def test_without_interrupt_remapping(machine: Machine) -> None:
@@ -194,6 +195,18 @@ def test_a_group_somebody_holds(machine: Machine, monkeypatch: pytest.MonkeyPatc
         with pytest.raises(vfio.DeviceBusy, match=rf"held by process {os.getpid()} \(.*\); stop that process first"):
             machine.open()
         monkeypatch.undo()
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.EPERM, errno.EBUSY])
+def test_a_character_device_somebody_holds(machine: Machine, code: int) -> None:
+    machine.kernel.fail[_abi.VFIO_DEVICE_BIND_IOMMUFD] = code
+    with (machine.kernel.dev / "vfio/7").open():
+        with pytest.raises(vfio.DeviceBusy, match=rf"held by process {os.getpid()} \("):
+            machine.open("iommufd")
+    kind = vfio.NotPermitted if code == errno.EPERM else vfio.VfioError
+    with pytest.raises(kind) as caught:
+        machine.open("iommufd")
+    assert type(caught.value) is kind
 
 
 def test_vfio_is_not_loaded(machine: Machine) -> None:

@@ -22,7 +22,8 @@ _MOST_RANGES = 4096
 
 def available(function: PciFunction, dev_root: str) -> bool:
     """Whether this kernel offers iommufd and a character device for the function."""
-    return os.path.exists(f"{dev_root}/iommu") and function.vfio_cdev is not None
+    cdev = function.vfio_cdev
+    return cdev is not None and all(os.path.exists(f"{dev_root}/{node}") for node in ("iommu", f"vfio/devices/{cdev}"))
 
 
 class Ioas(Backend):

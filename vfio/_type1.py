@@ -114,15 +114,7 @@ class Type1(Backend):
         for group in self._groups:
             if group.number == number:
                 return group
-        noiommu = function.noiommu
-        if noiommu != (self._model == "noiommu"):
-            raise Unsupported(
-                "it is bound without an IOMMU" if noiommu else "it sits behind an IOMMU",
-                device=function.address,
-                cause='such a device is opened by name only: interface="noiommu"'
-                if noiommu
-                else 'interface="noiommu" is for those that do not',
-            )
+        noiommu = self._model == "noiommu"
         path = f"{dev_root}/vfio/{'noiommu-' if noiommu else ''}{number}"
         fd = _diagnose.open_node(path, function.address, function.sysfs_root)
         try:

@@ -309,6 +309,16 @@ class Iommu:
     def _attach(self, function: PciFunction, dev_root: str) -> tuple[int, int]:
         if self._closed:
             raise VfioError("the I/O address space is closed", device=function.address)
+        unguarded = function.noiommu
+        if unguarded != (self.interface == "noiommu"):
+            raise Unsupported(
+                "it is bound without an IOMMU" if unguarded else "it sits behind an IOMMU",
+                device=function.address,
+                cause="nothing would protect the machine from it" if unguarded else None,
+                fix='such a device is opened by name only: interface="noiommu"'
+                if unguarded
+                else 'interface="noiommu" is for those that do not',
+            )
         fds = self._backend.attach(function, dev_root)
         self._refresh()
         return fds

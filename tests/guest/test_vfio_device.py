@@ -546,6 +546,39 @@ def test_a_sandboxed_driver_gets_its_files_from_a_monitor(mode: str) -> None:
         assert device.bar(0).read32(0) & 0xFFFF == 0x00ED
 
 
+def test_a_device_without_an_iommu_is_opened_by_name_only() -> None:
+    allowed = Path("/sys/module/vfio/parameters/enable_unsafe_noiommu_mode")
+    if not allowed.exists():
+        pytest.skip("this kernel has no VFIO without an IOMMU (CONFIG_VFIO_NOIOMMU)")
+    unguarded = [f for f in map(vfio.PciFunction, vfio.functions()) if f.iommu_group is None and not f.is_bridge]
+    nics = [f for f in unguarded if (f.vendor_id, f.device_id) == NIC]
+    if not nics:
+        pytest.skip("every device of this guest is behind an IOMMU (boot it with intel_iommu=off)")
+    address = nics[0].address
+    with pytest.raises(vfio.NoIommu, match="the kernel uses no IOMMU"):
+        vfio.bind(address)
+    before = allowed.read_text()
+    allowed.write_text("Y")
+    try:
+        with vfio.bind(address):
+            for interface in ("auto", "group"):
+                with pytest.raises(vfio.Unsupported, match='opened by name only: interface="noiommu"'):
+                    vfio.open_device(address, interface)
+            with (
+                vfio.open_device(address, "noiommu") as device,
+                vfio.EventFd() as event,
+                vfio.Memory.memfd(PAGE) as memory,
+            ):
+                assert device.interface == "noiommu"
+                device.irqs.enable_msix([event])
+                device.irqs.trigger_msix(0)
+                assert event.wait(5) == 1
+                with pytest.raises(vfio.Unsupported, match="nothing can be mapped"):
+                    device.iommu.map(memory)
+    finally:
+        allowed.write_text(before)
+
+
 # The example of docs/vfio.md
 
 

@@ -225,8 +225,9 @@ def test_a_device_without_an_iommu_is_opened_by_name_only(machine: Machine) -> N
     (machine.sysfs.root / "kernel/iommu_groups/7/name").write_text("vfio-noiommu\n")
     machine.kernel.extensions.add(_abi.VFIO_NOIOMMU_IOMMU)
     (machine.kernel.dev / "vfio/noiommu-7").write_text("")
-    with pytest.raises(vfio.Unsupported, match='opened by name only: interface="noiommu"'):
-        machine.open()
+    for interface in ("auto", "group", "iommufd"):
+        with pytest.raises(vfio.Unsupported, match='opened by name only: interface="noiommu"'):
+            machine.open(interface)
     with machine.open("noiommu") as device:
         assert device.interface == "noiommu"
         with vfio.Memory.memfd(4096) as memory, pytest.raises(vfio.Unsupported, match="physical addresses"):

@@ -20,23 +20,31 @@ CORE = HERE / "core"
 # Warnings are errors in `make lint` and in the core's tests, not for whoever installs it with a newer compiler.
 COMPILE_ARGS = ["-std=gnu11", "-O3", "-Wall", "-Wextra", "-fno-strict-aliasing"]
 
-ffibuilder = FFI()
-ffibuilder.cdef((CORE / "api.h").read_text(encoding="utf-8"))
-ffibuilder.set_source(
-    "netbridge.datapath._core",
-    '#include "core.h"',
-    sources=[str(path) for path in sorted(CORE.glob("*.c"))],
-    depends=[str(path) for path in sorted(CORE.glob("*.h"))],
-    include_dirs=[str(CORE)],
-    extra_compile_args=COMPILE_ARGS,
-    py_limited_api=True,
-)
+
+def builder(directory: str) -> FFI:
+    """The module's builder, with the core's sources in this directory."""
+    ffi = FFI()
+    ffi.cdef((CORE / "api.h").read_text(encoding="utf-8"))
+    ffi.set_source(
+        "netbridge.datapath._core",
+        '#include "core.h"',
+        sources=[f"{directory}/{path.name}" for path in sorted(CORE.glob("*.c"))],
+        depends=[f"{directory}/{path.name}" for path in sorted(CORE.glob("*.h"))],
+        include_dirs=[directory],
+        extra_compile_args=COMPILE_ARGS,
+        py_limited_api=True,
+    )
+    return ffi
+
+
+# For setuptools and the harness. setuptools takes no absolute paths: relative ones are, to where it runs.
+ffibuilder = builder(os.path.relpath(CORE))
 
 
 def build_in_place() -> Path:
     """Compiles the module beside this file, for whoever works on the core. Returns the module's path."""
     with tempfile.TemporaryDirectory() as directory:
-        built = Path(ffibuilder.compile(tmpdir=directory))
+        built = Path(builder(str(CORE)).compile(tmpdir=directory))
         # Renamed into place: writing over a module that a running process has mapped would crash that process.
         beside = shutil.copy(built, HERE / f".{built.name}.new")
         return Path(beside).replace(HERE / built.name)

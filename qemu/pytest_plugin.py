@@ -122,7 +122,8 @@ class Session:
         if self._code is None:
             specification = self.config.rootpath / str(self.config.getini("guest_code"))
             image = self.image()
-            self._code = self._once(lambda: build_code_disk(image, specification))
+            self.artefacts.mkdir(parents=True, exist_ok=True)
+            self._code = self._once(lambda: build_code_disk(image, specification, self.artefacts / "code.img"))
         return self._code
 
     def boot(self, name: str, **options: Any) -> Guest:

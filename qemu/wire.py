@@ -1,7 +1,7 @@
 """The host's end of a guest's NIC: a scapy socket whose every frame is captured, and that never makes QEMU wait.
 
 It is one end of a pair of Unix datagram sockets, QEMU (-netdev dgram) holding the other: one datagram is one frame,
-nothing is lost, no privilege is needed and no name can collide. The kernel lets about ten frames queue; then sending
+nothing is lost, no privilege is needed and no name can collide. The kernel lets only a few frames queue; then sending
 waits until the guest has taken some. A thread takes every frame off at once, with its time, so that the guest never
 waits for a test that is busy.
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import select
 import signal
 import stat
+import struct
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -201,6 +205,70 @@ def test_what_is_kept(guests: Session, tmp_path: Path) -> None:
     )
     output, _ = again.communicate(timeout=120)
     assert "Kernel panic" in output
+
+
+# The shell
+
+
+def test_a_command_by_way_of_the_shell(artefacts: Path) -> None:
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "qemu.shell", "--accel", "tcg", "--artefacts", str(artefacts)),
+            *("--", "sh", "-c", "read word; echo $word; echo sorry >&2; exit 7"),
+        ],
+        cwd=ROOT,
+        input="spoken\n",
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert (done.stdout, done.returncode) == ("spoken\n", 7)
+    assert done.stderr.endswith("sorry\n")
+
+
+def test_the_shell_on_a_terminal(artefacts: Path) -> None:
+    ours, theirs = os.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 33, 99, 0, 0))
+    before = termios.tcgetattr(theirs)
+    shell = subprocess.Popen(
+        [sys.executable, "-m", "qemu.shell", "--accel", "tcg", "--artefacts", str(artefacts)],
+        cwd=ROOT,
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=True,
+    )
+    screen = b""
+
+    def expect(wanted: bytes) -> None:
+        nonlocal screen
+        deadline = time.monotonic() + 100
+        while wanted not in screen:
+            ready, _, _ = select.select([ours], [], [], max(0.0, deadline - time.monotonic()))
+            assert ready, f"{wanted!r} did not come: {screen!r}"
+            screen += os.read(ours, 65536)
+        screen = screen[screen.index(wanted) + len(wanted) :]
+
+    expect(b"leaves it")
+    expect(b"# ")
+    os.write(ours, b"stty size; echo a$((1 + 1))b\r")
+    expect(b"33 99")
+    expect(b"a2b")
+    fcntl.ioctl(ours, termios.TIOCSWINSZ, struct.pack("HHHH", 44, 88, 0, 0))
+    os.kill(shell.pid, signal.SIGWINCH)
+    os.write(ours, b"echo r$((1 + 2))n; sleep 1000\r")
+    expect(b"r3n")
+    os.write(ours, b"\x03")
+    expect(b"# ")
+    os.write(ours, b"echo c$((2 + 2))d; stty size\r")
+    expect(b"c4d")
+    expect(b"44 88")
+    assert termios.tcgetattr(theirs) != before
+    os.write(ours, b"\x1d")
+    assert shell.wait(30) == 0
+    assert termios.tcgetattr(theirs) == before
+    os.close(ours)
+    os.close(theirs)
 
 
 # A guest that does not come up

@@ -193,8 +193,8 @@ class ConfigSpace:
 
     def _failed(self, verb: str, offset: int, error: OSError) -> VfioError:
         doing = f"cannot {verb} configuration space at {offset:#x}"
+        if self._fd < 0:
+            return VfioError(doing, device=self._device, cause="the device is closed")
         if error.errno in (errno.ENODEV, errno.EIO, errno.ENXIO):
-            return DeviceGone(
-                doing, device=self._device, errno=error.errno, cause="the device was removed or is closed"
-            )
+            return DeviceGone(doing, device=self._device, errno=error.errno, cause="the device was removed")
         return VfioError(doing, device=self._device, errno=error.errno)

@@ -249,6 +249,8 @@ class Irqs:
 
     def _failed(self, doing: str, index: int, error: OSError, fix: str | None = None) -> VfioError:
         doing = f"{doing} {_NAMES.get(index, index)}"
+        if self._fd < 0:
+            return VfioError(doing, device=self._device, cause="the device is closed")
         if error.errno == errno.ENODEV:
             return DeviceGone(doing, device=self._device, errno=error.errno, cause="the device was removed")
         if error.errno == errno.ENOTTY:

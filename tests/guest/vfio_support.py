@@ -237,16 +237,23 @@ class KernelLog:
 @contextmanager
 def huge_pages(size: int, count: int) -> Iterator[str | None]:
     """Reserve huge pages for a while; gives why not, or None when there are enough."""
-    control = Path(f"/sys/kernel/mm/hugepages/hugepages-{size // 1024}kB/nr_hugepages")
-    if not control.exists():
+    directory = Path(f"/sys/kernel/mm/hugepages/hugepages-{size // 1024}kB")
+    if not directory.exists():
         yield f"this kernel has no huge pages of {size >> 20} MiB"
         return
-    before = control.read_text()
-    control.write_text(str(int(before) + count))
+    total, free = directory / "nr_hugepages", directory / "free_hugepages"
+    before = int(total.read_text())
+    missing = count - int(free.read_text())
+    changed = False
     try:
-        got = int(control.read_text()) - int(before)
-        yield (
-            None if got >= count else f"the guest has room for {got} huge pages of {size >> 20} MiB, {count} are needed"
-        )
+        if missing > 0:
+            try:
+                total.write_text(str(before + missing))
+                changed = True
+            except OSError:
+                pass  # this kernel reserves pages of that size at boot only
+        got = int(free.read_text())
+        yield None if got >= count else f"{count} huge pages of {size >> 20} MiB are needed, {got} are to be had"
     finally:
-        control.write_text(before)
+        if changed:
+            total.write_text(str(before))

@@ -267,8 +267,17 @@ def test_bars_are_mapped_once_and_closed_with_the_device(machine: Machine) -> No
         assert device.bar(0) is not bar
     assert open_fds() == before
     assert bar.closed
-    with pytest.raises(vfio.VfioError, match="device is closed"):
-        device.bar(0)
+    for late in (
+        lambda: device.bar(0),
+        device.reset,
+        lambda: device.fds,
+        lambda: device.config.read32(0),
+        lambda: device.set_bus_master(True),
+        device.irqs.unmask_intx,
+        lambda: device.irqs.enable_msix([1]),
+    ):
+        with pytest.raises(vfio.VfioError, match="device is closed"):
+            late()
 
 
 def test_the_msix_table_is_kept_out(machine: Machine) -> None:

@@ -706,8 +706,12 @@ def main(arguments: list[str]) -> int:
     agent.greet()
     import ast  # noqa: F401 - loaded now, while the host is busy with the greeting, not at the first request
     import fcntl  # noqa: F401
+    import signal
     import subprocess  # noqa: F401
 
+    # A shell that starts this in the background has it ignore what a terminal's keys send, and so would every command.
+    for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
     agent.run()
     return 0
 

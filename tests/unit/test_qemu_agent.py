@@ -25,11 +25,11 @@ SCRIPT = Path(__file__).parents[2] / "images" / "agent.py"
 class Local:
     """The guest's end as a process of this machine, and the host's end connected to it."""
 
-    def __init__(self) -> None:
+    def __init__(self, *prefix: str) -> None:
         here, there = socket.socketpair()
         self.raw = here
         self.process = subprocess.Popen(
-            [sys.executable, "-I", "-S", str(SCRIPT), "--fd", str(there.fileno())], pass_fds=[there.fileno()]
+            [*prefix, sys.executable, "-I", "-S", str(SCRIPT), "--fd", str(there.fileno())], pass_fds=[there.fileno()]
         )
         there.close()
         self.agent = Agent(here)
@@ -203,6 +203,18 @@ def test_a_last_line_without_newline_counts(agent: Agent) -> None:
     it = agent.start(["printf", "a\nready"])
     assert it.wait_for_line("ready")
     assert list(it.lines()) == ["a", "ready"]
+
+
+def test_commands_obey_the_keys_of_a_terminal_whatever_the_agent_was_started_by() -> None:
+    ends = Local("sh", "-c", 'trap "" INT QUIT HUP; exec "$@"', "sh")
+    ends.agent.wait_ready(10)
+    status = ends.agent.run(["cat", "/proc/self/status"]).stdout
+    assert int(status.split("SigIgn:")[1].split()[0], 16) == 0
+    for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
+        with ends.agent.start(["sleep", "100"]) as it:
+            it.kill(number)
+            assert it.wait() == -number
+    ends.close()
 
 
 def test_a_daemon_left_behind_is_not_waited_for(agent: Agent) -> None:

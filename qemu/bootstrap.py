@@ -43,8 +43,9 @@ STEPS = {
 }
 """What of mmdebstrap's and the hooks' messages is worth telling, and in which words."""
 
-# Runs in mmdebstrap's namespace with the root's path as $1. The file system is made from a second view of the root
-# that does not show what is mounted in it, on a tmpfs that is itself hidden from that view.
+# Runs where mmdebstrap has its root, whose path is $1. The file system is made from a second view of that root, which
+# does not show what is mounted in it, and on a tmpfs that this view does not show either. Both are mounted in a
+# namespace of their own, so that neither is left behind when this is interrupted: for root, all others are the host's.
 ROOT_HOOK = """
 set -eu
 cd "$1"
@@ -54,16 +55,22 @@ rm -rf var/lib/apt var/log var/cache etc/apt/apt.conf.d/99mmdebstrap etc/apt/sou
 mkdir -p var/log var/cache boot
 echo guest >etc/hostname
 : >etc/machine-id
-mount -t tmpfs root-image mnt
-mkdir mnt/plain
-mount --bind . mnt/plain
-size=$(du -sk mnt/plain | cut -f1)
-files=$(find mnt/plain | wc -l)
-chroot . dpkg-query -W >mnt/packages.txt
+size=$(du -skx . | cut -f1)
+files=$(find . -xdev | wc -l)
 echo "I: making the file system"
-mkfs.ext4 -q -F -L root -m 0 -O ^has_journal,^metadata_csum -N $((files + 1000)) -d mnt/plain mnt/root.ext4 $((size * 11 / 10 + 16384))k
-umount mnt/plain
-"""  # noqa: E501
+unshare --mount sh -euc '
+    mount -t tmpfs image mnt
+    mkdir mnt/plain
+    mount --bind . mnt/plain
+    mkfs.ext4 -q -F -L root -b 4096 -m 0 -O ^has_journal,^metadata_csum -N $(($2 + 1000)) \
+        -d mnt/plain mnt/root.ext4 $(($1 * 11 / 10 + 16384))k
+    cp --sparse=always mnt/root.ext4 {scratch}root.ext4
+' sh "$size" "$files"
+chroot . dpkg-query -W >{scratch}packages.txt
+"""
+
+SCRATCH = "image-"
+"""What the names of files in the root begin with that are made for this program and not for the guest."""
 
 # Fetches packages, and of those whose name begins with linux-image- also the ones that the kernel's files are in.
 FETCH_HOOK = """
@@ -76,7 +83,7 @@ for name in {packages}; do
     case $name in
     linux-image-*)
         more=$(apt-cache depends --recurse --no-recommends --no-suggests --no-conflicts --no-breaks --no-replaces \
-            --no-enhances --no-pre-depends "$name" | grep -E '^linux-(image|binary|modules)-' || true)
+            --no-enhances --no-pre-depends "$name" | grep -E '^linux-(image|binary|modules|base)-' || true)
         [ -n "$more" ] || {{ echo "E: no package $name in this suite"; exit 1; }}
         names="$names $more"
         ;;
@@ -98,7 +105,7 @@ def _root_options(part: RootPart, architecture: str) -> list[str]:
     for user in part.users:
         users.append(f"echo {user.name}:x:{user.uid}:{user.uid}::/nonexistent:/usr/sbin/nologin >>etc/passwd")
         users.append(f"echo {user.name}:x:{user.uid}: >>etc/group")
-    hook = ROOT_HOOK.format(users="\n".join(users), mount_points=" ".join(MOUNT_POINTS))
+    hook = ROOT_HOOK.format(users="\n".join(users), mount_points=" ".join(MOUNT_POINTS), scratch=SCRATCH)
     return [
         "--variant=essential",
         f"--architectures={architecture}",
@@ -115,13 +122,12 @@ def build_root(part: RootPart, architecture: str, out: Path, progress: Progress)
     Raises ToolMissing, or ImageBuildFailed with the end of mmdebstrap's output.
     """
     find_tool("mkfs.ext4")  # called by the hook, where a missing one is harder to explain
-    files = {"/mnt/root.ext4": "root.ext4", "/mnt/packages.txt": "packages.txt", "/usr/bin/busybox": "busybox"}
+    files = {f"/{SCRATCH}{name}": name for name in ("root.ext4", "packages.txt")} | {"/usr/bin/busybox": "busybox"}
     _mmdebstrap(
         part.source,
         [
             *_root_options(part, architecture),
             *(f"--customize-hook=download {inside} {shlex.quote(str(out / name))}" for inside, name in files.items()),
-            '--customize-hook=umount "$1/mnt"',
         ],
         lambda line: progress(f"root: {line}"),
     )
@@ -190,6 +196,8 @@ def _mmdebstrap(source: Source, options: Sequence[str], progress: Progress) -> N
 
 def _run(argv: Sequence[str], progress: Progress) -> None:
     tail: deque[str] = deque(maxlen=100)
+    # It repeats the hooks' texts when it runs them and when one fails, at the cost of what the hook had to say.
+    hooks = {line for argument in argv for line in argument.splitlines()}
     started = time.monotonic()
     with subprocess.Popen(
         # In a session of its own, so that Ctrl-C reaches it once and from here; it ends when this process does.
@@ -205,7 +213,8 @@ def _run(argv: Sequence[str], progress: Progress) -> None:
         assert process.stdout is not None
         try:
             for line in process.stdout:
-                tail.append(line.rstrip())
+                if line.rstrip("\n") not in hooks:
+                    tail.append(line.rstrip())
                 if (step := line.strip().removeprefix("I: ").removesuffix("...")) in STEPS:
                     progress(f"{STEPS[step]} ({time.monotonic() - started:.1f} s)")
             code = process.wait()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import lzma
+import re
 import shutil
 import struct
 import zlib
@@ -17,6 +18,9 @@ from qemu.tools import run_tool
 SETUP_SECTORS = 0x1F1
 MAGIC = 0x202
 PAYLOAD = 0x248
+
+PVH_NOTE = re.compile(rb"\x04\0\0\0[\x04\x08]\0\0\0\x12\0\0\0Xen\0")
+"""The ELF note (name, type 18) that tells where a bare kernel is entered; without it QEMU cannot start one."""
 
 
 @dataclass(frozen=True)
@@ -50,17 +54,20 @@ def unpack_kernel(packages: list[Path], out: Path) -> None:
     for package in packages:
         run_tool(["dpkg-deb", "-x", str(package), str(scratch)], doing=f"unpacking {package.name}")
     found = [path for path in (*scratch.glob("lib/modules/*"), *scratch.glob("usr/lib/modules/*")) if path.is_dir()]
-    if len(found) != 1 or not (images := list(scratch.glob(f"boot/vmlinuz-{found[0].name}"))):
+    release = found[0].name if found else ""
+    # In Debian, from 7 on the kernel lies with its modules.
+    images = [
+        path for path in (scratch / f"boot/vmlinuz-{release}", *(top / "vmlinuz" for top in found)) if path.exists()
+    ]
+    if len(found) != 1 or len(images) != 1:
         names = ", ".join(package.name for package in packages)
         raise ImageBuildFailed(f"these packages hold no kernel with its modules: {names}")
-    modules, image, release = found[0], images[0], found[0].name
+    modules = found[0]
 
-    image.rename(out / "vmlinuz")
-    config = scratch / "boot" / f"config-{release}"
-    if config.exists() and "\nCONFIG_PVH=y" in config.read_text():
-        bare = decompress((out / "vmlinuz").read_bytes())
-        if bare is not None:
-            (out / "vmlinux").write_bytes(bare)
+    images[0].rename(out / "vmlinuz")
+    bare = decompress((out / "vmlinuz").read_bytes())
+    if bare is not None and PVH_NOTE.search(bare):
+        (out / "vmlinux").write_bytes(bare)
 
     # depmod looks below lib/modules, wherever the package has them.
     base = modules.parents[2]
@@ -87,6 +94,8 @@ def decompress(image: bytes) -> bytes | None:
 def _unpack(data: bytes) -> bytes | None:
     if data.startswith(b"\x28\xb5\x2f\xfd"):
         return run_tool(["zstd", "-dc"], doing="unpacking what zstd packed", input_data=data)
+    if data.startswith(b"\x02\x21\x4c\x18"):
+        return run_tool(["lz4", "-dc"], doing="unpacking what lz4 packed", input_data=data)
     if data.startswith(b"\xfd7zXZ"):
         return lzma.LZMADecompressor().decompress(data)
     if data.startswith(b"\x1f\x8b"):

@@ -14,6 +14,7 @@ PACKAGES = {
     "depmod": "kmod",
     "dpkg-deb": "dpkg",
     "gcc": "gcc",
+    "lz4": "lz4",
     "mkfs.ext4": "e2fsprogs",
     "mmdebstrap": "mmdebstrap",
     "newuidmap": "uidmap",

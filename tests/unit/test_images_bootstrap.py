@@ -74,6 +74,16 @@ def test_a_failure_ends_with_what_it_said(mmdebstrap: Path, tmp_path: Path) -> N
     assert len(lines) <= 21
 
 
+def test_the_hooks_texts_do_not_crowd_out_what_they_said(mmdebstrap: Path, tmp_path: Path) -> None:
+    script(
+        mmdebstrap, 'printf "%s\n" "I: running hook:" "$@"; echo "mkfs.ext4: no room"; printf "E: %s\n" "$@"; exit 1'
+    )
+    with pytest.raises(ImageBuildFailed) as failed:
+        bootstrap.build_root(PART, "amd64", tmp_path, print)
+    assert "    mkfs.ext4: no room" in str(failed.value).splitlines()
+    assert "mount --bind" not in str(failed.value)
+
+
 def test_progress_is_told_in_plain_words(mmdebstrap: Path, tmp_path: Path) -> None:
     script(
         mmdebstrap,

@@ -20,6 +20,7 @@ from tests.unit.images_fakes import package
 RELEASE = "6.99-test"
 PART = KernelPart(Source("trixie", ()), "linux-image-x", ("virtio_blk",), ("vfio-pci",), ("tun",), ())
 ELF = b"\x7fELF" + bytes(range(256)) * 40
+NOTE = struct.pack("<III4sI", 4, 4, 18, b"Xen\0", 0x1000000)
 
 
 def bz_image(payload: bytes, length: int) -> bytes:
@@ -168,22 +169,24 @@ def test_a_module_packed_in_an_unknown_way_is_named(tmp_path: Path) -> None:
         read_module(path)
 
 
-@pytest.mark.parametrize("modules", ["lib/modules", "usr/lib/modules"])
-@pytest.mark.parametrize("pvh", [True, False])
-def test_kernel_packages_are_taken_apart(tmp_path: Path, modules: str, pvh: bool) -> None:
-    image = bz_image(gzip.compress(ELF), len(ELF))
+@pytest.mark.parametrize("note", [NOTE, b""], ids=["pvh", "no pvh"])
+@pytest.mark.parametrize(
+    ("modules", "place"),
+    [
+        ("lib/modules", f"boot/vmlinuz-{RELEASE}"),
+        ("usr/lib/modules", f"boot/vmlinuz-{RELEASE}"),
+        ("usr/lib/modules", f"usr/lib/modules/{RELEASE}/vmlinuz"),
+    ],
+    ids=["6.1", "6.12", "7.3"],
+)
+def test_kernel_packages_are_taken_apart(tmp_path: Path, modules: str, place: str, note: bytes) -> None:
+    kernel_file = ELF + note
+    image = bz_image(gzip.compress(kernel_file), len(kernel_file))
+    indexes = {f"{modules}/{RELEASE}/{name}": b"" for name in ("modules.order", "modules.builtin")}
     packages = [
         package(tmp_path, "linux-image-meta", {}),
-        package(tmp_path, "linux-binary", {f"boot/vmlinuz-{RELEASE}": image}),
-        package(
-            tmp_path,
-            "linux-modules",
-            {
-                f"boot/config-{RELEASE}": b"CONFIG_X=y\nCONFIG_PVH=y\n" if pvh else b"# CONFIG_PVH is not set\n",
-                f"{modules}/{RELEASE}/modules.order": b"",
-                f"{modules}/{RELEASE}/modules.builtin": b"",
-            },
-        ),
+        package(tmp_path, "linux-binary", {place: image}),
+        package(tmp_path, "linux-modules", indexes),
     ]
     out = tmp_path / "out"
     out.mkdir()
@@ -191,9 +194,9 @@ def test_kernel_packages_are_taken_apart(tmp_path: Path, modules: str, pvh: bool
     kernel = Kernel.at(out)
     assert kernel.release == RELEASE
     assert kernel.image.read_bytes() == image
-    assert (kernel.bare.read_bytes() if kernel.bare else None) == (ELF if pvh else None)
+    assert (kernel.bare.read_bytes() if kernel.bare else None) == (kernel_file if note else None)
     assert (kernel.modules / "modules.dep").exists()
-    assert sorted(path.name for path in out.iterdir()) == ["modules", *(["vmlinux"] if pvh else []), "vmlinuz"]
+    assert sorted(path.name for path in out.iterdir()) == ["modules", *(["vmlinux"] if note else []), "vmlinuz"]
 
 
 def test_packages_without_a_kernel_are_named(tmp_path: Path) -> None:

@@ -72,6 +72,7 @@ class Stop(Enum):
     """Why a bridge stopped of its own accord."""
 
     SIGNAL = "it was told to"
+    ORPHANED = "the monitor is gone"
     UNPLUG = "the device is to be unplugged"
 
 
@@ -202,7 +203,8 @@ class Bridge:
         request_fd: int | None = None,
         error_fd: int | None = None,
     ) -> None:
-        """`stop_fd` becomes readable when the bridge is to stop; `request_fd` and `error_fd` are the device's request
+        """`stop_fd` becomes readable when the bridge is to stop: with a word to say so, or at its end because nobody is
+        left to say it. `request_fd` and `error_fd` are the device's request
         (unplug) and error interrupts where it has them."""
         self._net = net
         self._iommu = iommu
@@ -243,7 +245,9 @@ class Bridge:
                         self._prepare()
                 return self._stop
             finally:
-                self._server.dismiss(Reason.SHUTDOWN)
+                # A driver that goes against everybody's will comes back: its client should wait for it.
+                meant = self._stop in (Stop.SIGNAL, Stop.UNPLUG)
+                self._server.dismiss(Reason.SHUTDOWN if meant else Reason.FAILED)
                 self._server.withdraw()
                 self._end_session()
 
@@ -327,8 +331,8 @@ class Bridge:
             else:
                 self._log("client_turned_away", uid=event.peer.uid, reason=event.reason.words)
 
-    def _on_stop(self, _fd: int) -> None:
-        self._stop = Stop.SIGNAL
+    def _on_stop(self, fd: int) -> None:
+        self._stop = Stop.SIGNAL if os.read(fd, 64) else Stop.ORPHANED
 
     def _on_request(self, fd: int) -> None:
         os.eventfd_read(fd)

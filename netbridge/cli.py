@@ -73,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_run(verbs.add_parser("run", help="claim the manifest's function and serve its port until stopped"))
     _add_check(verbs.add_parser("check", help="check a manifest and show what it grants"))
     _add_stats(verbs.add_parser("stats", help="show the counters of a running driver"))
+    _add_debug(verbs.add_parser("debug", help="read and write a function's registers raw (needs CAP_SYSCALL_RAW)"))
     _add_restore(
         verbs.add_parser("restore", help="give functions that a crashed driver left behind to their own driver")
     )
@@ -197,7 +198,7 @@ def _microseconds(text: str) -> int:
     return int(text)
 
 
-# ---- check, stats, restore ------------------------------------------------------------------------------------------
+# ---- check, stats, debug, restore ----------------------------------------------------------------------------------
 
 
 def _add_check(parser: argparse.ArgumentParser) -> None:
@@ -232,6 +233,13 @@ def _stats(options: argparse.Namespace) -> int:
         else:
             print(f"{name:<26} 0")
     return ExitCode.OK
+
+
+def _add_debug(parser: argparse.ArgumentParser) -> None:
+    from netbridge import debug
+
+    debug.add_arguments(parser)
+    parser.set_defaults(verb=debug.main)
 
 
 def _add_restore(parser: argparse.ArgumentParser) -> None:

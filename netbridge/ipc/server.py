@@ -157,7 +157,7 @@ class PortServer:
 
     Put `fileno()` into an event loop; when it is readable call `handle()`. `offer()` a session before or after a client
     has come. `handshake_seconds` bounds how long a client may take for HELLO, and again for READY. `refusal`: every
-    client is turned away, for this reason.
+    client is turned away with NOT_SHARED and these words.
 
     Raises PortInUse or PortUnavailable as PortListener does, OSError when the system gives no more fds.
     """
@@ -284,7 +284,7 @@ class PortServer:
         connection = _Connection(sock, Peer(pid, uid))
         refusal = None
         if self.refusal:
-            refusal = Bye(Reason.NOT_PERMITTED, self.refusal)
+            refusal = Bye(Reason.NOT_SHARED, self.refusal)
         elif uid not in self.allowed_uids:
             refusal = Bye(Reason.NOT_PERMITTED, f"uid {uid} is not on the driver's list")
         elif self._client is not None:

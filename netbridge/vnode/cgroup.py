@@ -8,7 +8,10 @@ to be had, and `NoCgroup` says why. Source: Documentation/admin-guide/cgroup-v2.
 
 from __future__ import annotations
 
+import fcntl
 import os
+import select
+import time
 
 from netbridge.errors import NetbridgeError
 
@@ -23,7 +26,11 @@ class NoCgroup(NetbridgeError):
 
 
 class Cgroup:
-    """The cgroup of one driver. Owns its directory, and removes it in `close`."""
+    """The cgroup of one driver. Owns its directory, and removes it in `close`.
+
+    - `path`: its directory
+    - `taken`: another monitor that is alive has it; then nothing else here may be called but `members` and `close`
+    """
 
     def __init__(self, name: str, *, root: str = ROOT, own: str | None = None) -> None:
         """Makes it, or takes it over from a monitor that was killed. `own` is the path of this process's cgroup, read
@@ -39,8 +46,40 @@ class Cgroup:
             if missing:
                 _write(f"{base}/cgroup.subtree_control", " ".join(f"+{word}" for word in missing))
             os.makedirs(self.path, exist_ok=True)
+            self._fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError as error:
             raise NoCgroup(f"no cgroup can be made in {base}: {error.strerror}") from None
+        self.taken = False
+        try:
+            # The kernel drops it when the monitor dies, however it dies.
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.taken = True
+
+    @property
+    def members(self) -> tuple[int, ...]:
+        """The processes in it."""
+        return tuple(int(pid) for pid in _read(f"{self.path}/cgroup.procs").split())
+
+    def clear(self, seconds: float) -> bool:
+        """Sees to it that nobody is in it: a driver whose monitor was killed ends by itself, and is killed when it
+        takes longer than `seconds`. Whether there was one. Raises NoCgroup."""
+        deadline = time.monotonic() + seconds
+        with open(f"{self.path}/cgroup.events", encoding="ascii") as events:
+            poller = select.poll()
+            poller.register(events, select.POLLPRI)
+            found = killed = False
+            while "populated 1" in events.read():
+                found = True
+                left = deadline - time.monotonic()
+                if left <= 0 and killed:
+                    raise NoCgroup(f"processes {self.members} in {self.path} cannot be ended")
+                if left <= 0:
+                    killed, deadline = True, time.monotonic() + seconds
+                    _write(f"{self.path}/cgroup.kill", "1")
+                poller.poll(max(left, 0) * 1000)
+                events.seek(0)
+        return found
 
     def limit(self, memory_bytes: int) -> None:
         """At most so much memory: the process, its shared memory, and what the kernel holds for it; none of it swapped.
@@ -82,10 +121,12 @@ class Cgroup:
 
     def close(self) -> None:
         """Removes it. A process that is still in it keeps it, and that is left to the next start."""
-        try:
-            os.rmdir(self.path)
-        except OSError:
-            pass
+        if not self.taken:
+            try:
+                os.rmdir(self.path)
+            except OSError:
+                pass
+        os.close(self._fd)
 
 
 def _own_path() -> str:

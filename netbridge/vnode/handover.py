@@ -13,6 +13,7 @@ Either end sees the other's death as the end of the stream: the driver then quie
 
 from __future__ import annotations
 
+import array
 import marshal
 import os
 import socket
@@ -38,11 +39,11 @@ def send_start(channel: socket.socket, start: dict[str, Any], fds: Sequence[int]
 
 def receive_start(channel: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
     """In the driver: waits for it. The caller owns the fds. None when the monitor is gone."""
-    data, fds, _, _ = socket.recv_fds(channel, _LONGEST_START, _MOST_FDS, socket.MSG_CMSG_CLOEXEC)
+    data, fds = _receive(channel, _LONGEST_START, 0)
     if not data:
         return None
     start: dict[str, Any] = marshal.loads(data)
-    return start, list(fds)
+    return start, fds
 
 
 def say(channel: socket.socket, word: str, detail: str = "", fds: Sequence[int] = ()) -> None:
@@ -61,9 +62,7 @@ def hear(channel: socket.socket) -> tuple[str, str, list[int]] | None:
     """In the monitor: the next word, its detail, and files that came with it, the caller's to close. None when the
     driver is gone, or says what no driver says. Raises BlockingIOError when nothing waits."""
     try:
-        data, fds, _, _ = socket.recv_fds(
-            channel, _LONGEST_WORD, _MOST_FDS, socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT
-        )
+        data, fds = _receive(channel, _LONGEST_WORD, socket.MSG_DONTWAIT)
     except ConnectionResetError:
         return None
     word, _, detail = data.decode("utf-8", "replace").partition(" ")
@@ -72,4 +71,15 @@ def hear(channel: socket.socket) -> tuple[str, str, list[int]] | None:
         for fd in fds:
             os.close(fd)
         return None
-    return word, detail, list(fds)
+    return word, detail, fds
+
+
+def _receive(channel: socket.socket, most: int, flags: int) -> tuple[bytes, list[int]]:
+    """One packet and the files that came with it. (`socket.recv_fds` forgets about its flags.)"""
+    fds = array.array("i")
+    room = socket.CMSG_LEN(_MOST_FDS * fds.itemsize)
+    data, ancillary, _, _ = channel.recvmsg(most, room, flags | socket.MSG_CMSG_CLOEXEC)
+    for level, kind, content in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            fds.frombytes(content[: len(content) - len(content) % fds.itemsize])
+    return data, list(fds)

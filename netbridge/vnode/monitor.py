@@ -53,6 +53,7 @@ DRIVER_USER = "netbridge"
 FIRST_DYNAMIC_UID, LAST_DYNAMIC_UID = 61184, 65519
 MOST_FILES = 256
 STOP_SECONDS = 10.0
+ORPHAN_SECONDS = 5.0  # for a driver whose monitor was killed, to quiesce its device and end
 MOST_FAILED_STARTS = 5
 
 
@@ -116,6 +117,7 @@ def run(manifest: Manifest, options: Options, log: Log, warn: Callable[[str], No
         warn("mode: permissive: the driver runs as root and is not confined; for debugging only")
     with ExitStack() as stack:
         stopping = stack.enter_context(stop_signals())
+        cgroup = _make_cgroup(address, stack, log, warn)
         # Before the device is touched: a socket that is taken should cost nobody a reset.
         port = stack.enter_context(PortListener(options.socket_path))
         page = metrics.CounterPage(options.counters_path)
@@ -124,13 +126,15 @@ def run(manifest: Manifest, options: Options, log: Log, warn: Callable[[str], No
         # Before it is taken from its driver: this could be the disk that the system runs from.
         require_virtio_net(str(address), function.vendor_id, function.device_id, function.class_code)
         locked = _locked_memory_limit(granted, options.settings)
-        cgroup = None
-        try:
-            cgroup = Cgroup(f"netbridge-{address}")
-            stack.callback(cgroup.close)
+        if cgroup is not None:
+            if cgroup.taken:
+                raise vfio.DeviceBusy(
+                    "it has a driver already",
+                    device=address,
+                    cause=f"process {', '.join(map(str, cgroup.members)) or 'about to start'}, of another monitor",
+                    fix="stop that one first",
+                )
             cgroup.limit(manifest.required_mem_mb * MIB)
-        except NoCgroup as error:
-            warn(f"required_mem_mb and max_cpu_share are not enforced: {error}")
         stack.enter_context(vfio.bind(address))
         supervisor = _Supervisor(
             manifest, options, log, stopping, port, page, cgroup, identity if strict else None, locked
@@ -140,6 +144,19 @@ def run(manifest: Manifest, options: Options, log: Log, warn: Callable[[str], No
         finally:
             supervisor.end()
         return Outcome(why, stopping.received, supervisor.restarts, page.snapshot())
+
+
+def _make_cgroup(address: vfio.PciAddress, stack: ExitStack, log: Log, warn: Callable[[str], None]) -> Cgroup | None:
+    """The driver's cgroup, without the driver of a monitor that was killed; None where there is none to be had."""
+    try:
+        cgroup = Cgroup(f"netbridge-{address}")
+        stack.callback(cgroup.close)
+        if not cgroup.taken and cgroup.clear(ORPHAN_SECONDS):
+            log("orphan_gone", device=address)
+    except NoCgroup as error:
+        warn(f"required_mem_mb and max_cpu_share are not enforced: {error}")
+        return None
+    return cgroup
 
 
 # ---- What the manifest allows ---------------------------------------------------------------------------------------

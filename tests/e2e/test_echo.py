@@ -98,6 +98,7 @@ def test_a_killed_driver_leaves_the_nic_quiet_and_restore_gives_it_back(guest: G
         echoed(wire, make.raw(10))
         bed.driver.kill()
         bed.driver.wait()
+        testbed.wait_until_driver_is_gone(guest)
     assert testbed.nics(guest) == [(bed.pci, "vfio-pci")]
     assert bed.pci in guest.run(testbed.netbridge("restore")).stdout
     assert testbed.nics(guest) == [(bed.pci, "virtio-pci")]

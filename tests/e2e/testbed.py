@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import signal
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +18,7 @@ from typing import Any
 
 from qemu.agent import GuestProcess
 from qemu.guest import Guest
+from qemu.wire import Wire
 
 SOCKET = "/run/netbridge/aethernet.sock"
 MANIFEST = "/tmp/vnode.yml"
@@ -37,6 +40,17 @@ def _nics():
 _nics()
 """
 
+AWAIT_EMPTY_CGROUP = """
+import glob, select
+for path in glob.glob("/sys/fs/cgroup/netbridge-*/cgroup.events"):
+    with open(path) as events:
+        poller = select.poll()
+        poller.register(events, select.POLLPRI)
+        while "populated 1" in events.read():
+            poller.poll()
+            events.seek(0)
+"""
+
 GRANTS = (
     "NetworkAccess",
     'CAP_HARDWARE_IO_PCI: "{pci}"',
@@ -48,10 +62,17 @@ GRANTS = (
 
 
 def manifest(
-    pci: str, *, irq: str = "msix", without: Sequence[str] = (), mem_mb: int = 16, mode: str = "strict"
+    pci: str,
+    *,
+    irq: str = "msix",
+    without: Sequence[str] = (),
+    more: Sequence[str] = (),
+    mem_mb: int = 16,
+    cpu_share: float = 1.0,
+    mode: str = "strict",
 ) -> str:
-    """A vnode.yml for the NIC at this address; `without` are capabilities to leave out."""
-    grants = [grant.format(pci=pci, irq=irq) for grant in GRANTS]
+    """A vnode.yml for the NIC at this address; `without` are capabilities to leave out, `more` lines to put in."""
+    grants = [grant.format(pci=pci, irq=irq) for grant in (*GRANTS, *more)]
     kept = [grant for grant in grants if grant.partition(":")[0] not in without]
     lines = "".join(f"  - {grant}\n" for grant in kept)
     return f"""\
@@ -62,7 +83,7 @@ vnode:
 runtime:
   entrypoint: "bin/net-bridge.vnode"
   required_mem_mb: {mem_mb}
-  max_cpu_share: 1.0
+  max_cpu_share: {cpu_share}
 capabilities:
 {lines}storage:
   mounts: []
@@ -94,6 +115,11 @@ class Testbed:
     echo_log: Path
     final: dict[str, Any] = field(default_factory=dict)  # from `stop` on: counters of "driver" and "echo"
 
+    @property
+    def driver_pid(self) -> int:
+        """The driver process that runs now; `driver` is its monitor."""
+        return int(re.findall(r" claimed .*\bdriver=(\d+)", self.driver.stderr)[-1])
+
     def counters(self) -> dict[str, Any]:
         """The driver's counters at this moment, read from outside."""
         counters: dict[str, Any] = json.loads(self.guest.run(netbridge("stats", "--json")).stdout)
@@ -117,12 +143,18 @@ class Testbed:
 
 @contextlib.contextmanager
 def running(
-    guest: Guest, *, irq: str = "msix", options: Sequence[str] = (), log_directory: Path | None = None
+    guest: Guest,
+    *,
+    irq: str = "msix",
+    options: Sequence[str] = (),
+    vnode: str | None = None,
+    log_directory: Path | None = None,
 ) -> Iterator[Testbed]:
-    """Starts driver and echo service for the guest's first NIC; kills what is left of them at the end."""
+    """Starts driver and echo service for the guest's first NIC, with this vnode.yml or one that grants all that is
+    needed; kills what is left of them at the end."""
     logs = log_directory or guest.artefacts
     pci = nics(guest)[0][0]
-    guest.put(manifest(pci, irq=irq).encode(), MANIFEST)
+    guest.put((vnode or manifest(pci, irq=irq)).encode(), MANIFEST)
     with contextlib.ExitStack() as stack:
         driver = stack.enter_context(
             guest.start(netbridge("run", MANIFEST, "--json", *options), log=logs / "driver.log")
@@ -138,6 +170,37 @@ def start_echo(guest: Guest, log: Path) -> GuestProcess:
     """The echo service under a uid of its own; it waits for the driver to be ready for it."""
     command = ["python3", "-m", "netbridge.services.echo", "--json", "--socket", SOCKET, "--wait", f"{START_SECONDS:g}"]
     return guest.start(command, user=SERVICE_USER, log=log)
+
+
+def end(process: GuestProcess) -> None:
+    """Ends a process politely; it must end well."""
+    process.kill(signal.SIGTERM)
+    code = process.wait(STOP_SECONDS)
+    assert code == 0, f"ended with {code}:\n{process.stderr}"
+
+
+def wait_for_counter(bed: Testbed, name: str, least: int) -> None:
+    """Waits until one of the driver's counters is at least so high. There is no event for that, so it is looked at."""
+    deadline = time.monotonic() + START_SECONDS
+    while (now := bed.counters()[name]) < least:
+        assert time.monotonic() < deadline, f"{name} is {now}, and was to be {least}, after {START_SECONDS:g} s"
+
+
+def settle(wire: Wire, mac: str) -> None:
+    """Sends a frame like no other and takes everything up to its answer: frames stay in order, so nothing that was sent
+    earlier comes later."""
+    sentinel = bytes.fromhex(mac.replace(":", "")) + bytes.fromhex("020000000001") + b"\x88\xb5" + os.urandom(46)
+    wire.send(sentinel)
+    deadline = time.monotonic() + START_SECONDS
+    while (frame := wire.recv_raw(timeout=max(deadline - time.monotonic(), 0))[1]) is not None:
+        if frame[12:] == sentinel[12:]:
+            return
+    raise AssertionError(f"the answer to a frame did not come within {START_SECONDS:g} s")
+
+
+def wait_until_driver_is_gone(guest: Guest) -> None:
+    """For the end of a driver process whose monitor was killed: waits in the guest for the kernel to say so."""
+    guest.run(["python3", "-c", AWAIT_EMPTY_CGROUP], timeout=STOP_SECONDS)
 
 
 def wait_for_line(process: GuestProcess, pattern: str) -> re.Match[str]:

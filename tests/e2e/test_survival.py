@@ -1,0 +1,153 @@
+"""What dies: the driver, the monitor. What is left: a quiet NIC, and frames again as soon as there is a driver."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable
+
+from qemu.guest import Guest
+from qemu.wire import Wire
+from tests.e2e import testbed
+from tests.e2e.testbed import Testbed
+from tests.e2e.traffic import Generator, reflected
+
+BUS_MASTER = 0x04
+
+
+def echoed(wire: Wire, bed: Testbed, count: int = 64) -> None:
+    wire.exchange(Generator(bed.mac).udp(count), reply=reflected, window=32, timeout=10.0).check()
+
+
+def command_register(guest: Guest, pci: str) -> int:
+    script = f"open('/sys/bus/pci/devices/{pci}/config', 'rb').read(6)[4:].hex()"
+    return int.from_bytes(bytes.fromhex(guest.eval(script)), "little")
+
+
+class Load:
+    """Keeps sending frames, and reads nothing: what comes back meanwhile is drained afterwards."""
+
+    def __init__(self, wire: Wire, mac: str) -> None:
+        self._wire = wire
+        self._frames = Generator(mac).udp(256)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            for frame in self._frames:
+                self._wire.send(frame)
+                if self._stop.wait(0.001):
+                    return
+
+    def __enter__(self) -> Load:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+
+def test_a_killed_driver_is_restarted_and_the_client_reconnects(
+    guest: Guest, wire: Wire, record_property: Callable[[str, object], None]
+) -> None:
+    with testbed.running(guest) as bed:
+        echoed(wire, bed)
+        first = bed.driver_pid
+        with Load(wire, bed.mac):
+            testbed.wait_for_counter(bed, "packets_rx", 128)
+            began = time.monotonic()
+            guest.run(["kill", "-KILL", str(first)])
+            testbed.wait_for_line(bed.driver, r" driver_died .*SIGKILL")
+            died = time.monotonic()
+            testbed.wait_for_line(bed.driver, r" serving ")
+        serving = time.monotonic()
+        assert bed.driver_pid != first
+        # Frames that were on their way, and answers to them, are none of the account that follows.
+        testbed.settle(wire, bed.mac)
+        before = bed.counters()
+        sent, received = wire.sent, wire.received
+        echoed(wire, bed, 256)
+        assert not wire.drain()
+        after = bed.counters()
+        moved = {name: after[name] - before[name] for name in ("packets_rx", "packets_tx")}
+        assert moved == {"packets_rx": wire.sent - sent, "packets_tx": wire.received - received}
+        assert moved == {"packets_rx": 256, "packets_tx": 256}
+        assert after["sessions"] == 2, "counters outlive the driver"
+        assert bed.echo.running, "the same service, connected again"
+        record_property("seconds_noticed", round(died - began, 2))
+        record_property("seconds_to_serving", round(serving - began, 2))
+        print(f"driver killed: noticed after {died - began:.2f} s, serving again after {serving - began:.2f} s")
+        bed.stop()
+    assert testbed.nics(guest)[0] == (bed.pci, "virtio-pci")
+    assert not guest.iommu_faults()
+
+
+def test_between_two_drivers_the_nic_is_quiet(guest: Guest, wire: Wire) -> None:
+    """Killed again and again, so that the pause grows and there is time to look."""
+    with testbed.running(guest) as bed:
+        pauses = []
+        for _ in range(4):
+            guest.run(["kill", "-KILL", str(bed.driver_pid)])
+            pauses.append(float(testbed.wait_for_line(bed.driver, r" driver_restarts pause=(\S+)")[1]))
+            if pauses[-1] >= 0.8:
+                assert not command_register(guest, bed.pci) & BUS_MASTER
+            testbed.wait_for_line(bed.driver, r" serving ")
+        assert pauses == [0.1, 0.2, 0.4, 0.8]
+        testbed.settle(wire, bed.mac)
+        echoed(wire, bed)
+        bed.stop()
+    assert not guest.iommu_faults()
+
+
+def test_a_killed_monitor_leaves_a_quiet_nic_and_the_next_start_repairs(guest: Guest, wire: Wire) -> None:
+    with testbed.running(guest) as bed:
+        echoed(wire, bed)
+        orphan = bed.driver_pid
+        bed.driver.kill()
+        bed.driver.wait()
+        testbed.wait_until_driver_is_gone(guest)
+        assert guest.run(["test", "-e", f"/proc/{orphan}"], check=False).returncode == 1
+        assert not command_register(guest, bed.pci) & BUS_MASTER
+        assert testbed.nics(guest)[0] == (bed.pci, "vfio-pci")
+        assert bed.echo.running, "it was told that the driver comes back"
+        with testbed.running(guest) as again:
+            wire.drain()
+            testbed.settle(wire, again.mac)
+            echoed(wire, again)
+            again.stop()
+    assert testbed.nics(guest)[0] == (bed.pci, "virtio-pci"), "whose driver it was before all this"
+    assert not guest.iommu_faults()
+
+
+def test_the_next_start_waits_for_an_orphan(guest: Guest, wire: Wire) -> None:
+    """No pause between the monitor's death and the next start, as a service manager would have it."""
+    with testbed.running(guest) as bed:
+        bed.echo.kill()
+        bed.driver.kill()
+        bed.driver.wait()
+        with testbed.running(guest) as again:
+            wire.drain()
+            echoed(wire, again)
+            again.stop()
+
+
+def test_a_driver_that_does_not_stop_is_ended(guest: Guest) -> None:
+    with testbed.running(guest) as bed:
+        guest.run(["kill", "-STOP", str(bed.driver_pid)])
+        bed.driver.kill(signal.SIGTERM)
+        testbed.wait_for_line(bed.driver, r" driver_killed ")
+        assert bed.driver.wait(testbed.STOP_SECONDS) == 0
+        testbed.end(bed.echo)
+    assert testbed.nics(guest)[0] == (bed.pci, "virtio-pci")
+
+
+def test_ctrl_c_is_for_the_monitor(guest: Guest) -> None:
+    with testbed.running(guest) as bed:
+        bed.driver.kill(signal.SIGINT)
+        assert bed.driver.wait(testbed.STOP_SECONDS) == 130
+        assert "driver_died" not in bed.driver.stderr
+        testbed.end(bed.echo)
+    assert testbed.nics(guest)[0] == (bed.pci, "virtio-pci")

@@ -241,6 +241,8 @@ class Ownership(RuleBasedStateMachine):
         entry, refusal = lies[wrong]
         if wrong == "twice":
             self.world.rx_free.put(entry)
+            if self.world.rx_free.slots == 1:  # there is not even room for a second
+                refusal = lib.NB_REFUSE_RING_JUMP
         self.world.rx_free.put(entry)
         self.expect_fault(lib.NB_EVENT_CLIENT_FAULT, refusal)
 

@@ -43,6 +43,8 @@ int __wrap_epoll_wait(int fd, struct epoll_event *events, int most, int timeout)
 
 int __real_poll(struct pollfd *fds, nfds_t count, int timeout);
 int __wrap_poll(struct pollfd *fds, nfds_t count, int timeout);
+int real_poll(struct pollfd *fds, nfds_t count, int timeout) { return __real_poll(fds, count, timeout); }
+
 int __wrap_poll(struct pollfd *fds, nfds_t count, int timeout)
 {
     if (instead_of_poll)

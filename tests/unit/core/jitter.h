@@ -9,6 +9,7 @@
 
 /* In place of poll(), if not NULL. */
 extern int (*instead_of_poll)(struct pollfd *fds, nfds_t count, int timeout);
+int real_poll(struct pollfd *fds, nfds_t count, int timeout);
 
 /* One call of `every` waits a little; 0: off. */
 extern uint32_t jitter_every;

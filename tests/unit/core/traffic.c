@@ -123,7 +123,7 @@ static unsigned complete_burst(struct traffic *traffic)
 static bool is_done(const struct traffic *traffic)
 {
     const struct nb_counters *counters = &traffic->world->counters;
-    if (lie_is_told(traffic))
+    if (lie_is_told(traffic) || __atomic_load_n(&traffic->abandoned, __ATOMIC_RELAXED))
         return true;
     if (traffic->config.lossy)
         return traffic->delivered == traffic->config.frames &&
@@ -184,6 +184,12 @@ void traffic_start(struct traffic *traffic, struct world *world, struct traffic_
 }
 
 void traffic_finish(struct traffic *traffic) { CHECK_EQ(pthread_join(traffic->thread, NULL), 0); }
+
+void traffic_abandon(struct traffic *traffic)
+{
+    __atomic_store_n(&traffic->abandoned, true, __ATOMIC_RELAXED);
+    traffic_finish(traffic);
+}
 
 static void *run_echo(void *argument)
 {

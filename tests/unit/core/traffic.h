@@ -35,11 +35,15 @@ struct traffic {
     uint64_t returned;
     uint64_t next_expected;
     uint32_t random;
+    bool abandoned;
 };
 
 void traffic_start(struct traffic *traffic, struct world *world, struct traffic_config config);
 /* Waits until every frame came back (or the lie was told). */
 void traffic_finish(struct traffic *traffic);
+
+/* Stops although frames are missing, and waits until it has. */
+void traffic_abandon(struct traffic *traffic);
 
 /* nb_client_echo in a thread. */
 struct echo {

@@ -50,7 +50,9 @@ class Device:
     Errors of every method: `DeviceGone` when it was unplugged, `VfioError` otherwise.
     """
 
-    def __init__(self, address: PciAddress, fd: int, iommu: Iommu, group_fd: int, owns_iommu: bool) -> None:
+    def __init__(
+        self, address: PciAddress, fd: int, iommu: Iommu, group_fd: int, *, owns_iommu: bool, adopted: bool = False
+    ) -> None:
         # Takes ownership of fd (and of iommu, if so told) only when it succeeds: until then it has no fd to close.
         self.fd = -1
         self.address = address
@@ -58,6 +60,7 @@ class Device:
         self.interface = iommu.interface
         self._group_fd = group_fd
         self._owns_iommu = owns_iommu
+        self._adopted = adopted  # another process opened it: nobody else here closes the group's file
         self._bars: dict[int, Bar] = {}
         self._msix_table: tuple[int, Area] | bool | None = False  # False: not looked up yet
         try:
@@ -85,15 +88,11 @@ class Device:
             _sys.close_all([fd for fd in (fds.group, fds.iommu, fds.device) if fd >= 0])
             raise
         try:
-            device = cls(parsed, fds.device, iommu, fds.group, owns_iommu=True)
+            return cls(parsed, fds.device, iommu, fds.group, owns_iommu=True, adopted=True)
         except BaseException:
             _sys.close_all([fd for fd in (fds.group, fds.device) if fd >= 0])
             iommu.close()
             raise
-        device._adopted_group = fds.group
-        return device
-
-    _adopted_group = -1
 
     @property
     def fds(self) -> DeviceFds:
@@ -239,8 +238,9 @@ class Device:
     # Reset
 
     def reset(self) -> None:
-        """Reset the function (VFIO_DEVICE_RESET). Its registers are as after power-on, bus mastering included; BARs
-        stay mapped, interrupts stay enabled. Raises `Unsupported` when it has no reset method."""
+        """Reset the function (VFIO_DEVICE_RESET). Its registers are as after power-on; the kernel puts configuration
+        space back as it was, bus mastering included. BARs stay mapped, and interrupts enabled. Raises `Unsupported`
+        when it has no reset method."""
         fd = self._open()
         if not self.can_reset:
             raise Unsupported(
@@ -339,10 +339,10 @@ class Device:
             self._bars.clear()
             self.config._fd = self.irqs._fd = -1
             os.close(fd)
-            if self._adopted_group >= 0:
-                os.close(self._adopted_group)
-            else:
+            if not self._adopted:
                 self.iommu._detach(self._group_fd)
+            elif self._group_fd >= 0:
+                os.close(self._group_fd)
             if self._owns_iommu:
                 self.iommu.close()
 
@@ -407,7 +407,7 @@ def open_device(
     try:
         fd, group_fd = space._attach(function, dev_root)
         try:
-            return Device(function.address, fd, space, group_fd, own)
+            return Device(function.address, fd, space, group_fd, owns_iommu=own)
         except BaseException:
             os.close(fd)
             space._detach(group_fd)

@@ -9,7 +9,7 @@ import errno
 import os
 
 from vfio import _diagnose
-from vfio._backend import Backend, DeviceFds
+from vfio._backend import Backend, DeviceFds, IommuInfo
 from vfio._iommufd import Ioas, available
 from vfio._type1 import KINDS, Type1
 from vfio.errors import IovaError, LockedMemoryLimit, Malformed, MappingLimit, Unsupported, VfioError
@@ -124,12 +124,12 @@ class Iommu:
     @property
     def page_sizes(self) -> tuple[int, ...]:
         """Page sizes the kernel tells of, in bytes. iommufd tells only the smallest."""
-        return self._backend.info().page_sizes
+        return self._info().page_sizes
 
     @property
     def dma_avail(self) -> int | None:
         """How many more mappings the kernel allows (type1's `dma_entry_limit`), or None where it does not tell."""
-        return self._backend.info().dma_avail
+        return self._info().dma_avail
 
     @property
     def mappings(self) -> tuple[DmaMapping, ...]:
@@ -319,9 +319,15 @@ class Iommu:
                 if unguarded
                 else 'interface="noiommu" is for those that do not',
             )
-        fds = self._backend.attach(function, dev_root)
-        self._refresh()
-        return fds
+        fd, group_fd = self._backend.attach(function, dev_root)
+        try:
+            if self._allocator is not None:
+                self._allocator.set_ranges(self._info().ranges)
+        except BaseException:
+            os.close(fd)
+            self._detach(group_fd)
+            raise
+        return fd, group_fd
 
     def _detach(self, group_fd: int) -> None:
         if self._closed:
@@ -330,22 +336,21 @@ class Iommu:
             self._forget(self.mappings)
             self._allocator = None
 
-    def _refresh(self) -> None:
-        if self._allocator is not None:
-            self._allocator.set_ranges(self._backend.info().ranges)
+    def _info(self) -> IommuInfo:
+        if self._closed:
+            raise VfioError("the I/O address space is closed")
+        try:
+            return self._backend.info()
+        except OSError as error:
+            raise VfioError(
+                "the kernel does not tell what the IOMMU can do",
+                errno=error.errno,
+                cause="no device is in this address space yet" if error.errno in (errno.ENODEV, errno.EINVAL) else None,
+            ) from None
 
     def _account(self) -> IovaAllocator:
         if self._allocator is None:
-            if self._closed:
-                raise VfioError("the I/O address space is closed")
-            try:
-                info = self._backend.info()
-            except OSError as error:
-                raise VfioError(
-                    "the kernel does not tell the IOVA ranges",
-                    errno=error.errno,
-                    cause="no device is in this address space yet" if error.errno == errno.ENODEV else None,
-                ) from None
+            info = self._info()
             self._allocator = IovaAllocator(info.ranges, min(info.page_sizes))
         return self._allocator
 

@@ -274,8 +274,10 @@ def test_the_msix_table_cannot_be_written_by_accident(nvme: vfio.Device) -> None
 def test_a_bar_keeps_working_over_a_reset(nvme: vfio.Device) -> None:
     registers = nvme.bar(0)
     version = registers.read32(8)
+    nvme.set_bus_master(True)
     nvme.reset()
     assert registers.read32(8) == version
+    assert nvme.bus_master
 
 
 # Interrupts

@@ -100,6 +100,7 @@ def test_there_is_no_other_interface(machine: Machine) -> None:
         machine.open("best")
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("interface", ["group", "iommufd"])
 def test_no_failure_leaks(machine: Machine, interface: str) -> None:
     """Whichever call fails, and however, nothing stays open."""
@@ -414,6 +415,28 @@ def test_from_fds_takes_them_even_when_it_fails(machine: Machine, fail: int | No
 
 
 # Several devices in one address space
+
+
+@pytest.mark.parametrize("interface", ["group", "iommufd"])
+def test_no_failure_of_a_second_device_leaks(machine: Machine, interface: str) -> None:
+    machine.sysfs.function("0000:00:03.1", driver="vfio-pci", group=7, cdev="vfio0")
+    with vfio.Iommu.open(interface, **machine.options) as iommu, machine.open(iommu=iommu):
+        assert iommu.page_size == 4096
+        before = open_fds()
+        number = 0
+        while True:
+            number += 1
+            machine.kernel.calls.clear()
+            machine.kernel.fail_at = (number, errno.EIO)
+            try:
+                machine.open(iommu=iommu, address="0000:00:03.1").close()
+                break
+            except vfio.VfioError:
+                assert open_fds() == before, number
+        assert number > 3
+        machine.kernel.fail_at = None
+        with vfio.Memory.memfd(4096) as memory, iommu.map(memory):
+            pass
 
 
 @pytest.mark.parametrize("interface", ["group", "iommufd"])

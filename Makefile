@@ -17,7 +17,7 @@ ACCEL ?= auto
 SETUP := $(VENV)/.set-up
 C_SOURCES := $(wildcard netbridge/datapath/core/*.[ch]) netbridge/datapath/build.py
 
-.PHONY: help setup demo test unit qemu-test bench lint format shell clean
+.PHONY: help setup demo test unit thorough qemu-test bench lint format shell clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,10 +37,13 @@ host-packages:
 demo: $(SETUP) ## boot a guest, claim its NIC through VFIO, echo real frames through the port, check each
 	$(PY) -m tests.e2e.demo --accel $(ACCEL) $(ARGS)
 
-test: lint unit qemu-test ## everything that must pass: lint, unit and qemu-test
+test: lint unit thorough qemu-test ## everything that must pass: lint, unit, thorough and qemu-test
 
 unit: $(SETUP) ## tests without a virtual machine, in seconds
-	$(PYTEST) tests/unit -n 2 $(ARGS)
+	$(PYTEST) tests/unit -n 2 -m "not thorough" $(ARGS)
+
+thorough: $(SETUP) ## the unit tests that take longer: the C core under sanitizers, random search
+	$(PYTEST) tests/unit -n 2 -m thorough $(ARGS)
 
 qemu-test: $(SETUP) ## tests in guests: VFIO on the real kernel, and end to end with scapy
 	$(PYTEST) tests/guest tests/e2e --accel $(ACCEL) $(ARGS)

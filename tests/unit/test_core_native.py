@@ -17,6 +17,8 @@ import pytest
 from tests.unit.core import toolchain
 from tests.unit.core.toolchain import ADDRESS, THREAD, Variant
 
+pytestmark = pytest.mark.thorough
+
 TIMEOUT_S = 60
 ADDRESS_CASES = toolchain.case_names()
 ADDRESS_FILES = tuple(dict.fromkeys(case.split("-")[0] for case in ADDRESS_CASES))

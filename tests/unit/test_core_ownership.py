@@ -10,6 +10,7 @@ import os
 from collections import deque
 
 import hypothesis.strategies as st
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
@@ -32,6 +33,8 @@ from tests.unit.core.ownership import (
     World,
     handle,
 )
+
+pytestmark = pytest.mark.thorough
 
 Shape = dict[str, int]
 SHAPES = st.fixed_dictionaries(

@@ -332,6 +332,7 @@ def judge(data: bytes) -> None:
         assert check.summary(manifest).replace("\n", "").isprintable()
 
 
+@pytest.mark.thorough
 @settings(max_examples=300, deadline=None)
 @given(edits)
 def test_mutations_of_the_example_raise_nothing_else(changes: list[tuple[float, int, str]]) -> None:
@@ -342,6 +343,7 @@ def test_mutations_of_the_example_raise_nothing_else(changes: list[tuple[float, 
     judge(text.encode(errors="replace"))
 
 
+@pytest.mark.thorough
 @settings(max_examples=200, deadline=None)
 @given(st.binary(max_size=200))
 @example(b"\xff\xfe\x00")
@@ -359,6 +361,7 @@ nested = st.dictionaries(words, flat | st.dictionaries(words, flat, max_size=1),
 values = flat | nested | st.lists(flat | nested, max_size=3)
 
 
+@pytest.mark.thorough
 @settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_a_wrong_value_anywhere_is_told_of_or_in_the_schema_too(data: st.DataObject) -> None:

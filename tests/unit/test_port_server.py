@@ -554,6 +554,7 @@ def test_fds_in_a_packet_that_is_never_read_are_let_go(server: PortServer, path:
     os.close(reader)
 
 
+@pytest.mark.thorough
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.lists(

@@ -64,7 +64,7 @@ KINDS: tuple[Kind, ...] = (
     Kind(
         SHARE,
         allows="passing the frame memory to the service, as file descriptors over the port",
-        without="the port hands out no memory, so no service can be connected",
+        without="the driver runs, but makes no frame memory and turns every service away",
         line=f"- {SHARE}",
     ),
     Kind(

@@ -117,7 +117,7 @@ def run(manifest: Manifest, options: Options, log: Log, warn: Callable[[str], No
         warn("mode: permissive: the driver runs as root and is not confined; for debugging only")
     with ExitStack() as stack:
         stopping = stack.enter_context(stop_signals())
-        cgroup = _make_cgroup(address, stack, log, warn)
+        group = _make_cgroup(address, stack, log)
         # Before the device is touched: a socket that is taken should cost nobody a reset.
         port = stack.enter_context(PortListener(options.socket_path))
         page = metrics.CounterPage(options.counters_path)
@@ -126,7 +126,11 @@ def run(manifest: Manifest, options: Options, log: Log, warn: Callable[[str], No
         # Before it is taken from its driver: this could be the disk that the system runs from.
         require_virtio_net(str(address), function.vendor_id, function.device_id, function.class_code)
         locked = _locked_memory_limit(granted, options.settings)
-        if cgroup is not None:
+        cgroup = None
+        if isinstance(group, NoCgroup):
+            warn(f"required_mem_mb and max_cpu_share are not enforced: {group}")
+        else:
+            cgroup = group
             if cgroup.taken:
                 raise vfio.DeviceBusy(
                     "it has a driver already",
@@ -146,16 +150,15 @@ def run(manifest: Manifest, options: Options, log: Log, warn: Callable[[str], No
         return Outcome(why, stopping.received, supervisor.restarts, page.snapshot())
 
 
-def _make_cgroup(address: vfio.PciAddress, stack: ExitStack, log: Log, warn: Callable[[str], None]) -> Cgroup | None:
-    """The driver's cgroup, without the driver of a monitor that was killed; None where there is none to be had."""
+def _make_cgroup(address: vfio.PciAddress, stack: ExitStack, log: Log) -> Cgroup | NoCgroup:
+    """The driver's cgroup, without the driver of a monitor that was killed; or why there is none to be had."""
     try:
         cgroup = Cgroup(f"netbridge-{address}")
         stack.callback(cgroup.close)
         if not cgroup.taken and cgroup.clear(ORPHAN_SECONDS):
             log("orphan_gone", device=address)
     except NoCgroup as error:
-        warn(f"required_mem_mb and max_cpu_share are not enforced: {error}")
-        return None
+        return error
     return cgroup
 
 

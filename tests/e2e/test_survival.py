@@ -113,11 +113,12 @@ def test_a_killed_monitor_leaves_a_quiet_nic_and_the_next_start_repairs(guest: G
         assert not command_register(guest, bed.pci) & BUS_MASTER
         assert testbed.nics(guest)[0] == (bed.pci, "vfio-pci")
         assert bed.echo.running, "it was told that the driver comes back"
-        with testbed.running(guest) as again:
-            wire.drain()
-            testbed.settle(wire, again.mac)
-            echoed(wire, again)
-            again.stop()
+        with guest.start(testbed.netbridge("run", testbed.MANIFEST, "--json")) as again:
+            testbed.wait_for_line(again, r" serving .*\bclient=netbridge-echo\b")
+            bed.driver = again
+            testbed.settle(wire, bed.mac)
+            echoed(wire, bed)
+            bed.stop()
     assert testbed.nics(guest)[0] == (bed.pci, "virtio-pci"), "whose driver it was before all this"
     assert not guest.iommu_faults()
 

@@ -13,6 +13,8 @@ PYTEST := $(PY) -m pytest
 ARGS ?=
 # kvm | tcg | auto
 ACCEL ?= auto
+# debian | iommufd | debug: for vfio-test. The latter two are compiled the first time.
+KERNEL ?= debian
 
 SETUP := $(VENV)/.set-up
 C_SOURCES := $(wildcard netbridge/datapath/core/*.[ch]) netbridge/datapath/build.py
@@ -45,8 +47,28 @@ unit: $(SETUP) ## tests without a virtual machine, in seconds
 thorough: $(SETUP) ## the unit tests that take longer: the C core under sanitizers, random search
 	$(PYTEST) tests/unit -n 2 -m thorough $(ARGS)
 
+model: | host-spin ## model-check wake-ups, memory ordering and ownership; every mutant must fail
+	nice $(PYTHON) -m tests.model $(ARGS)
+
+# No other target needs Spin, so it is not among host-packages.
+.PHONY: model host-spin
+host-spin: | host-packages
+	@command -v spin >/dev/null && exit 0; \
+	install="apt-get install --yes --no-install-recommends spin"; \
+	if [ "$$(id -u)" -ne 0 ] || ! command -v apt-get >/dev/null; then \
+		echo "model: spin is missing. Run this, then try again:" >&2; echo "    sudo $$install" >&2; exit 1; \
+	fi; \
+	apt-get update --quiet=2 && DEBIAN_FRONTEND=noninteractive $$install
+
 qemu-test: $(SETUP) ## tests in guests: VFIO on the real kernel, and end to end with scapy
 	$(PYTEST) tests/guest tests/e2e --accel $(ACCEL) $(ARGS)
+
+vfio-test: RECIPE = images/$(if $(filter debian,$(KERNEL)),trixie,$(KERNEL)).toml
+vfio-test: $(SETUP) ## the cases of the kernel's VFIO selftests: KERNEL=debian (the default), iommufd or debug
+	$(if $(filter debian iommufd debug,$(KERNEL)),,$(error KERNEL is debian, iommufd or debug, not "$(KERNEL)"))
+	$(PYTEST) tests/guest/test_vfio_selftests.py tests/guest/test_vfio_device.py --accel $(ACCEL) -o guest_recipe=$(RECIPE) $(ARGS)
+	$(PYTEST) tests/guest/test_vfio_device.py -k without_an_iommu --accel $(ACCEL) -o guest_recipe=$(RECIPE) \
+		-o guest_words=intel_iommu=off --artefacts build/tests/no-iommu
 
 bench: $(SETUP) ## measure against a peer, side by side in one run
 	$(PY) -m tests.bench $(ARGS)

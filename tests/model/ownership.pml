@@ -1,0 +1,220 @@
+/* Who owns a buffer: the ledger, its leases, the virtqueue's shadow, and the end of a session.
+ *
+ * The verbs are those of netbridge/datapath/core/ledger.h (take_for_device, put_free, lend, check) and virtqueue.h (add,
+ * take), as the pump uses them: BUFFERS buffers, a queue of as many descriptors. The client presents any handle it can
+ * make up, at any time: every session, lease and index, those beyond the region too. The device says that it used any
+ * chain, at any time. The lease is 16 bits wide in C and wraps at
+ * LEASES here; there are SESSIONS sessions (after 65,535 of them the numbers begin anew).
+ *
+ * Beside the ledger a second account is kept, of what really happened: `whose`, and the handle that the client was last
+ * given for each buffer. Properties: the two agree; no buffer is twice among the free ones or in the queue, so it never
+ * has two owners; a handle is accepted only if it is the one last given for a buffer that is the client's now. So one that
+ * is forged, stale, repeated or of an earlier session is refused.
+ */
+#ifndef BUFFERS
+#define BUFFERS 2
+#endif
+#ifndef LEASES
+#define LEASES 4
+#endif
+#ifndef SESSIONS
+#define SESSIONS 3
+#endif
+
+#define FREE 0      /* NB_OWNER_DRIVER */
+#define DEVICE 1
+#define CLIENT 2
+#define NOTHING 255
+
+/* The ledger. */
+byte owner[BUFFERS];
+byte lease[BUFFERS];
+byte owned[3];
+byte free_stack[BUFFERS];
+/* The queue's shadow: which buffer a descriptor's chain carries, and whether it is in flight. */
+byte carried[BUFFERS];
+bool in_flight[BUFFERS];
+byte session = 1, sessions = 1;
+
+/* What really happened. */
+byte whose[BUFFERS];
+byte given_session[BUFFERS];
+byte given_lease[BUFFERS];
+#ifdef MUTANT_NO_SHADOW
+#define BELIEVED(descriptor) true
+#else
+#define BELIEVED(descriptor) in_flight[descriptor]
+#endif
+
+hidden byte i_, j_, accepted, buffer_;
+
+inline move_owner(buffer, to) {
+    owned[owner[buffer]]--;
+    owner[buffer] = to;
+    owned[to]++
+}
+
+inline start_session() {
+    i_ = 0;
+    do
+    :: i_ < BUFFERS ->
+        owner[i_] = FREE;
+        lease[i_] = 0;
+        free_stack[i_] = BUFFERS - 1 - i_;
+        carried[i_] = 0;
+        in_flight[i_] = false;
+        whose[i_] = FREE;
+        i_++
+    :: else -> break
+    od;
+    owned[FREE] = BUFFERS;
+    owned[DEVICE] = 0;
+    owned[CLIENT] = 0;
+    i_ = 0
+}
+
+inline put_free(buffer) {
+    free_stack[owned[FREE]] = buffer;
+    move_owner(buffer, FREE);
+    whose[buffer] = FREE
+}
+
+inline lend(buffer) {
+    move_owner(buffer, CLIENT);
+#ifndef MUTANT_LEASE_STAYS
+    lease[buffer] = (lease[buffer] + 1) % LEASES;
+#endif
+    assert(whose[buffer] == DEVICE);
+    /* No new handle looks like the one before. */
+    assert(given_session[buffer] != session || given_lease[buffer] != lease[buffer]);
+    whose[buffer] = CLIENT;
+    given_session[buffer] = session;
+    given_lease[buffer] = lease[buffer]
+}
+
+/* ledger_check: `accepted` is whether it is good. */
+inline check(a_session, a_lease, index) {
+    accepted = 1;
+    if
+    :: index >= BUFFERS -> accepted = 0
+    :: else ->
+        if
+#ifndef MUTANT_SESSION_UNCHECKED
+        :: a_session != session -> accepted = 0
+#endif
+#ifndef MUTANT_LEASE_UNCHECKED
+        :: a_lease != lease[index] -> accepted = 0
+#endif
+#ifndef MUTANT_OWNER_UNCHECKED
+        :: owner[index] != CLIENT -> accepted = 0
+#endif
+        :: else -> skip
+        fi
+    fi
+}
+
+inline audit() {
+    i_ = 0;
+    do
+    :: i_ < BUFFERS -> assert(owner[i_] == whose[i_]); i_++
+    :: else -> break
+    od;
+    assert(owned[FREE] + owned[DEVICE] + owned[CLIENT] == BUFFERS);
+    i_ = 0;
+    do
+    :: i_ < owned[FREE] ->
+        assert(owner[free_stack[i_]] == FREE);
+        j_ = i_ + 1;
+        do
+        :: j_ < owned[FREE] -> assert(free_stack[i_] != free_stack[j_]); j_++
+        :: else -> break
+        od;
+        i_++
+    :: else -> break
+    od;
+    i_ = 0;
+    do
+    :: i_ < BUFFERS ->
+        j_ = i_ + 1;
+        assert(!in_flight[i_] || owner[carried[i_]] == DEVICE);
+        do
+        :: j_ < BUFFERS -> assert(!(in_flight[i_] && in_flight[j_] && carried[i_] == carried[j_])); j_++
+        :: else -> break
+        od;
+        i_++
+    :: else -> break
+    od;
+    /* So that equal states look equal: what is above the stack means nothing. */
+    i_ = owned[FREE];
+    do
+    :: i_ < BUFFERS -> free_stack[i_] = 0; i_++
+    :: else -> break
+    od;
+    i_ = 0;
+    j_ = 0
+}
+
+active proctype world() {
+    byte a_session, a_lease, an_index, descriptor;
+    d_step { start_session(); i_ = 0; do :: i_ < BUFFERS -> given_session[i_] = 0; i_++ :: else -> break od; i_ = 0 };
+    skip;
+    do
+    /* Refill: a free buffer into the queue, on any free descriptor. */
+    :: owned[FREE] > 0 ->
+        select(descriptor : 0 .. BUFFERS - 1);
+        skip;
+        d_step {
+            if
+            :: !in_flight[descriptor] ->
+                buffer_ = free_stack[owned[FREE] - 1];
+                move_owner(buffer_, DEVICE);
+                whose[buffer_] = DEVICE;
+                carried[descriptor] = buffer_;
+                in_flight[descriptor] = true
+            :: else -> skip
+            fi;
+            audit();
+            descriptor = 0
+        }
+    /* The device says that it used some chain, true or not; the frame is for the client, or dropped. */
+    ::  select(descriptor : 0 .. BUFFERS);
+        if
+        :: d_step { descriptor < BUFFERS && BELIEVED(descriptor) ->
+            in_flight[descriptor] = false; lend(carried[descriptor]); carried[descriptor] = 0; audit();
+            descriptor = 0 }
+        :: d_step { descriptor < BUFFERS && in_flight[descriptor] ->
+            in_flight[descriptor] = false; put_free(carried[descriptor]); carried[descriptor] = 0; audit();
+            descriptor = 0 }
+        :: else -> descriptor = 0      /* a fault: the session ends, below */
+        fi
+    /* The client gives something back, or sends it. */
+    ::  select(a_session : 1 .. SESSIONS);
+        select(a_lease : 0 .. LEASES - 1);
+        select(an_index : 0 .. BUFFERS);
+        skip;
+        d_step {
+            check(a_session, a_lease, an_index);
+            if
+            :: accepted ->
+                assert(whose[an_index] == CLIENT);
+                assert(a_session == given_session[an_index] && a_lease == given_lease[an_index]);
+                put_free(an_index)
+            :: else -> skip
+            fi;
+            accepted = 0;
+            audit();
+            a_session = 0;
+            a_lease = 0;
+            an_index = 0
+        }
+    /* The session ends, whoever has what; the client keeps all its handles. */
+    :: d_step { sessions < SESSIONS ->
+            sessions++;
+#ifndef MUTANT_SESSION_STAYS
+            session++;
+#endif
+            start_session();
+            audit()
+        }
+    od
+}

@@ -7,6 +7,7 @@
 #include <sys/eventfd.h>
 
 #include "check.h"
+#include "jitter.h"
 #include "white_box.h"
 
 enum { MOST_HELD = 64 };
@@ -195,6 +196,7 @@ static void *run_echo(void *argument)
 {
     struct echo *echo = argument;
     echo->verdict = nb_client_echo(&echo->world->client, echo->world->client_control_fd, &echo->counts);
+    drain_stores();
     return NULL;
 }
 

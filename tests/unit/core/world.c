@@ -12,6 +12,7 @@
 #include <unistd.h>
 
 #include "check.h"
+#include "jitter.h"
 #include "white_box.h"
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -405,6 +406,7 @@ static void *run_pump(void *argument)
     struct world *world = argument;
     struct timespec cpu;
     nb_pump_run(world->pump, &world->result);
+    drain_stores();
     clock_gettime(CLOCK_THREAD_CPUTIME_ID, &cpu);
     world->pump_cpu_seconds = (double)cpu.tv_sec + (double)cpu.tv_nsec / 1e9;
     __atomic_store_n(&world->pump_came_back, true, __ATOMIC_RELEASE);

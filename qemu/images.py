@@ -24,6 +24,7 @@ from qemu.cache import Cache, Progress, key_of
 from qemu.errors import HarnessError
 from qemu.initrd import build_initrd, initrd_inputs
 from qemu.kernel import Kernel, unpack_kernel
+from qemu.kernelbuild import build_inputs, build_kernel, ensure_tools
 from qemu.recipe import Recipe
 from qemu.sysroot import SUPERFLUOUS, unpack_sysroot
 
@@ -67,7 +68,10 @@ def _keys(recipe: Recipe) -> _Keys:
     architecture = recipe.architecture
     root = key_of("root", *root_inputs(recipe.root, architecture))
     fetched = fetch_inputs(recipe.kernel.source, [recipe.kernel.package], architecture)
-    kernel = key_of("kernel", *fetched, inspect.getsource(qemu.kernel))
+    if recipe.kernel.compiled:
+        kernel = key_of("kernel", *fetched, *build_inputs(dict(recipe.kernel.options)))
+    else:
+        kernel = key_of("kernel", *fetched, inspect.getsource(qemu.kernel))
     fetched = fetch_inputs(recipe.sysroot.source, recipe.sysroot.packages, architecture)
     sysroot = key_of("sysroot", *fetched, repr(SUPERFLUOUS), inspect.getsource(unpack_sysroot))
     return _Keys(root, kernel, sysroot, key_of("initrd", root, kernel, *initrd_inputs(recipe.kernel)))
@@ -83,7 +87,8 @@ def ensure_image(recipe: Recipe, progress: Progress | None = None, cache: Cache 
     """The recipe's image, after building those of its parts that are not in the cache.
 
     `progress` is told what is being done, a line at a time. The first time takes about a minute and needs a package
-    mirror; after that, milliseconds. Raises ToolMissing, RecipeError, or ImageBuildFailed.
+    mirror, and some minutes more where a kernel is to be compiled; after that, milliseconds. Raises ToolMissing,
+    RecipeError, or ImageBuildFailed.
     """
     tell = progress or silent
     store = cache or Cache()
@@ -93,8 +98,19 @@ def ensure_image(recipe: Recipe, progress: Progress | None = None, cache: Cache 
     def make_root(out: Path) -> None:
         build_root(recipe.root, architecture, out, tell)
 
+    def make_source(out: Path) -> None:
+        source, package = recipe.kernel.source, recipe.kernel.package
+        fetch_packages(source, [package], architecture, out, lambda line: tell(f"kernel: {line}"))
+
     def make_kernel(out: Path) -> None:
         source, package = recipe.kernel.source, recipe.kernel.package
+        if recipe.kernel.compiled:
+            ensure_tools(lambda line: tell(f"kernel: {line}"))
+            # Kept, because there is more than one kernel to be made of it.
+            key = key_of("source", *fetch_inputs(source, [package], architecture))
+            (fetched,) = store.ensure("source", key, make_source, tell).iterdir()
+            build_kernel(fetched, dict(recipe.kernel.options), out, lambda line: tell(f"kernel: {line}"))
+            return
         packages = fetch_packages(source, [package], architecture, out, lambda line: tell(f"kernel: {line}"))
         tell("kernel: unpacking")
         unpack_kernel(packages, out)

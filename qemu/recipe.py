@@ -1,7 +1,8 @@
 """Recipes: what goes into a guest, as plain data read from a TOML file such as images/trixie.toml.
 
 A recipe has three parts that are built and cached apart, because they change at different times: the root file
-system, the kernel with its modules, and the sysroot against which C for the guest is compiled.
+system, the kernel with its modules, and the sysroot against which C for the guest is compiled. One that says
+`like = "trixie.toml"` takes the parts, and the lists of modules, that it does not have itself from that one beside it.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from qemu.errors import RecipeError
+from qemu.kconfig import read_fragment
 from qemu.settings import Table, read_toml
 
 SUITE = re.compile(r"[a-z][a-z0-9-]*")
@@ -17,6 +20,7 @@ PACKAGE = re.compile(r"[a-z0-9][a-z0-9+.~-]+")
 MODULE = re.compile(r"[A-Za-z0-9_-]+")
 USER = re.compile(r"[a-z_][a-z0-9_-]*")
 WORD = re.compile(r"[!-~]+")
+FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 POCKETS = ("updates", "security")
 
 
@@ -53,6 +57,9 @@ class KernelPart:
 
     `early` modules are loaded before the root disk is looked for, `late` ones by init, `available` ones are only
     there; what they depend on comes by itself. `command_line` is what this kernel is to be started with.
+
+    A `package` linux-image-* is a kernel, one linux-source-* is compiled, with `options`: pairs of a name without
+    CONFIG_ and a value, the fragments of the recipe laid over each other.
     """
 
     source: Source
@@ -61,6 +68,12 @@ class KernelPart:
     late: tuple[str, ...]
     available: tuple[str, ...]
     command_line: tuple[str, ...]
+    options: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def compiled(self) -> bool:
+        """Whether the package is the source."""
+        return self.package.startswith("linux-source-")
 
 
 @dataclass(frozen=True)
@@ -84,19 +97,40 @@ class Recipe:
     @classmethod
     def load(cls, path: Path) -> Recipe:
         """Raises RecipeError, naming file, key and what was expected."""
+        return cls._load(path, ())
+
+    @classmethod
+    def _load(cls, path: Path, above: tuple[Path, ...]) -> Recipe:
+        if path in above:
+            raise RecipeError(f"{path}: like: leads back to itself: {' is like '.join(str(one) for one in above)}")
         table = read_toml(path)
-        architecture = table.string("architecture", '"amd64"', valid=lambda text: text == "amd64")
-        root_table = table.table("root", "a table with the root file system")
-        source = _source(root_table, None)
-        recipe = cls(
-            path.stem,
-            architecture,
-            _root(root_table, source),
-            _kernel(table.table("kernel", "a table with the kernel"), source),
-            _sysroot(table.table("sysroot", "a table with the sysroot"), source),
+        base = None
+        if table.has("like"):
+            name = table.string("like", 'a recipe beside this one, such as "trixie.toml"', valid=FILE.fullmatch)
+            base = cls._load(path.parent / name, (*above, path))
+        architecture = table.string(
+            "architecture",
+            '"amd64"',
+            default=base.architecture if base else None,
+            valid=lambda text: text == "amd64",
         )
+        if base is not None and not table.has("root"):
+            root = base.root
+        else:
+            root_table = table.table("root", "a table with the root file system")
+            root = _root(root_table, _source(root_table, None))
+        if base is not None and not table.has("kernel"):
+            kernel = base.kernel
+        else:
+            kernel = _kernel(
+                table.table("kernel", "a table with the kernel"), root.source, base.kernel if base else None
+            )
+        if base is not None and not table.has("sysroot"):
+            sysroot = base.sysroot
+        else:
+            sysroot = _sysroot(table.table("sysroot", "a table with the sysroot"), root.source)
         table.finish()
-        return recipe
+        return cls(path.stem, architecture, root, kernel, sysroot)
 
 
 def _source(table: Table, default: Source | None) -> Source:
@@ -138,26 +172,33 @@ def _root(table: Table, source: Source) -> RootPart:
     return part
 
 
-def _kernel(table: Table, root_source: Source) -> KernelPart:
-    modules = table.table("modules", "a table with the lists early, late and available")
-    names = "a list of kernel module names"
-    part = KernelPart(
-        _source(table, root_source),
-        table.string(
-            "package",
-            'a kernel package such as "linux-image-cloud-amd64"',
-            valid=re.compile("linux-image-.+").fullmatch,
-        ),
-        modules.strings("early", names, valid=MODULE.fullmatch),
-        modules.strings("late", names, default=(), valid=MODULE.fullmatch),
-        modules.strings("available", names, default=(), valid=MODULE.fullmatch),
-        table.strings(
-            "command_line", "a list of words for the kernel's command line", default=(), valid=WORD.fullmatch
-        ),
+def _kernel(table: Table, root_source: Source, base: KernelPart | None) -> KernelPart:
+    source = _source(table, root_source)
+    package = table.string(
+        "package",
+        'a kernel package such as "linux-image-cloud-amd64", or a kernel\'s source such as "linux-source-6.12"',
+        valid=re.compile("linux-(image-.+|source-.+)").fullmatch,
     )
-    modules.finish()
+    options: dict[str, str] = {}
+    if package.startswith("linux-source-"):
+        for name in table.strings(
+            "config", 'a list of files beside the recipe such as "iommufd.config"', valid=FILE.fullmatch
+        ):
+            options |= read_fragment(table.path.parent / name)
+    if base is not None and not table.has("modules"):
+        early, late, available = base.early, base.late, base.available
+    else:
+        modules = table.table("modules", "a table with the lists early, late and available")
+        names = "a list of kernel module names"
+        early = modules.strings("early", names, valid=MODULE.fullmatch)
+        late = modules.strings("late", names, default=(), valid=MODULE.fullmatch)
+        available = modules.strings("available", names, default=(), valid=MODULE.fullmatch)
+        modules.finish()
+    command_line = table.strings(
+        "command_line", "a list of words for the kernel's command line", default=(), valid=WORD.fullmatch
+    )
     table.finish()
-    return part
+    return KernelPart(source, package, early, late, available, command_line, tuple(options.items()))
 
 
 def _sysroot(table: Table, root_source: Source) -> SysrootPart:

@@ -45,6 +45,10 @@ class Table:
         self._values = values
         self._asked: set[str] = set()
 
+    def has(self, key: str) -> bool:
+        """Whether the key is there; that alone does not make it one that was asked for."""
+        return key in self._values
+
     def refuse(self, key: str, expected: str) -> NoReturn:
         """Refuse the value of `key`: `expected` says what it should have been."""
         where = f"{self.path}: {self._prefix}{key}"

@@ -100,6 +100,35 @@ def test_a_change_builds_only_what_it_is_about(
     assert (second.key == first.key) == (change(recipe).kernel == recipe.kernel and not rebuilt)
 
 
+def test_kernels_of_one_source_fetch_it_once(tmp_path: Path, built: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[dict[str, str]] = []
+
+    def compile_kernel(package: Path, options: dict[str, str], out: Path, _progress: object) -> None:
+        assert package.name == "a.deb"
+        compiled.append(options)
+        (out / "vmlinuz").touch()
+        (out / "modules/6.99").mkdir(parents=True)
+
+    def fetch(_source: object, packages: list[str], _architecture: str, out: Path, _progress: object) -> list[Path]:
+        built.append(packages[0])
+        (out / "a.deb").touch()
+        return [out / "a.deb"]
+
+    monkeypatch.setattr(images, "ensure_tools", lambda _progress: None)
+    monkeypatch.setattr(images, "build_kernel", compile_kernel)
+    monkeypatch.setattr(images, "fetch_packages", fetch)
+    monkeypatch.setattr(images, "build_inputs", repr)
+    cache = Cache(tmp_path)
+    keys = set()
+    for _ in range(2):
+        for name in ("iommufd", "debug"):
+            keys.add(ensure_image(Recipe.load(ROOT / f"images/{name}.toml"), cache=cache).key)
+    assert [name for name in built if name.startswith("linux-")] == ["linux-source-6.12"]
+    assert built.count("root") == 1
+    assert [options["LOCALVERSION"] for options in compiled] == ['"-iommufd"', '"-debug"']
+    assert len(keys) == 2
+
+
 def test_a_failed_part_is_built_again_and_the_others_are_not(
     tmp_path: Path, recipe: Recipe, built: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -79,8 +79,19 @@ def test_kernel_and_sysroot_come_from_the_root_s_suite_unless_they_say_otherwise
         (
             "linux-image-cloud-amd64",
             "bash",
-            'kernel.package: expected a kernel package such as "linux-image-cloud-amd64"',
+            'kernel.package: expected a kernel package such as "linux-image-cloud-amd64", or a kernel\'s source',
         ),
+        (
+            "linux-image-cloud-amd64",
+            "linux-source-6.12",
+            'kernel.config: missing; expected a list of files beside the recipe such as "iommufd.config"',
+        ),
+        (
+            'package = "linux-image-cloud-amd64"',
+            'package = "linux-image-cloud-amd64"\nconfig = ["iommufd.config"]',
+            "kernel.config: unknown key",
+        ),
+        ('architecture = "amd64"', 'architecture = "amd64"\nlike = "../x.toml"', "like: expected a recipe beside"),
         ("[sysroot]", "[sysroot]\npackges = []", "sysroot.packges: unknown key; did you mean 'packages'?"),
         ("[sysroot]", "[sysroot]\nzzz = []", "sysroot.zzz: unknown key; known here: packages, pockets, suite"),
         (
@@ -108,6 +119,30 @@ def test_a_recipe_that_is_not_there_names_those_that_are(tmp_path: Path) -> None
     (tmp_path / "trixie.toml").touch()
     with pytest.raises(RecipeError, match=r"trixi\.toml: no such file; what there is: .*/trixie\.toml"):
         Recipe.load(tmp_path / "trixi.toml")
+
+
+def test_a_recipe_takes_what_it_does_not_say_from_the_one_that_it_is_like(tmp_path: Path) -> None:
+    base = load(tmp_path, GOOD)
+    (tmp_path / "a.config").write_text('CONFIG_PCI=y\nCONFIG_LOCALVERSION="-a"\n')
+    (tmp_path / "b.config").write_text('CONFIG_LOCALVERSION="-b"\n')
+    other = tmp_path / "other.toml"
+    other.write_text('like = "mine.toml"\n[kernel]\npackage = "linux-source-6.12"\nconfig = ["a.config", "b.config"]\n')
+    recipe = Recipe.load(other)
+    assert (recipe.name, recipe.root, recipe.sysroot) == ("other", base.root, base.sysroot)
+    assert (recipe.kernel.early, recipe.kernel.source) == (base.kernel.early, base.kernel.source)
+    assert recipe.kernel.compiled
+    assert not base.kernel.compiled
+    # The later fragment counts.
+    assert recipe.kernel.options == (("PCI", "y"), ("LOCALVERSION", '"-b"'))
+    other.write_text('like = "mine.toml"\n')
+    assert Recipe.load(other).kernel == base.kernel
+
+
+def test_recipes_that_are_like_each_other_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.toml").write_text('like = "b.toml"\n')
+    (tmp_path / "b.toml").write_text('like = "a.toml"\n')
+    with pytest.raises(RecipeError, match=r"a\.toml: like: leads back to itself: .*a\.toml is like .*b\.toml$"):
+        Recipe.load(tmp_path / "a.toml")
 
 
 @pytest.mark.parametrize("name", ["init", "initrd.sh"])

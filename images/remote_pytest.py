@@ -38,7 +38,7 @@ def _tell(event: str, **fields: Any) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     # Registered by the host's plugin there; the two have to agree on what is a marker.
-    for marker in ("guest", "guest_timeout(seconds)"):
+    for marker in ("guest", "guest_timeout(seconds)", "guest_needs(devices, words, memory_mb)"):
         config.addinivalue_line("markers", f"{marker}: for the host")
 
 

@@ -7,11 +7,14 @@ Loaded with `-p qemu.pytest_plugin`. In the configuration (paths are relative to
     guest_tests    directories whose tests run in the guest
     guest_root     where the guest has its copy of the root directory (/code)
     guest_args     more arguments for QEMU, for the guest that tests share, such as further devices
+    guest_words    more words for that guest's kernel command line
 
 Tests below `guest_tests` are collected here as any other, so their modules have to import here. They are set up,
 run and torn down in the guest, in the fixtures of the guest's own pytest; markers such as skipif are judged there.
+One during which the guest's kernel complains of itself, with an oops, a warning, or a report of its sanitizers, fails.
 All of them, and the tests here that use the fixture `guest`, share one guest, which is booted when the first of them
-asks for it, and anew when it was lost.
+asks for it, and anew when it was lost. What some of them need of it, the marker `guest_needs` says: the guest has what
+all tests of this run need, so that a run without such tests has a smaller guest.
 """
 
 from __future__ import annotations
@@ -20,7 +23,8 @@ import contextlib
 import re
 import shlex
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +41,9 @@ if TYPE_CHECKING:
     from qemu.wire import Wire
 
 TEST_SECONDS = 60.0
+MEMORY_MB = 512
+STALL = re.compile(r"blocked|stall|lockup")
+"""Of the trouble on a guest's console, what a busy host alone can cause."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -54,6 +61,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addini("guest_code", "specification of the code disk", default="images/code.toml")
     parser.addini("guest_tests", "directories of tests that run in the guest", type="linelist", default=["tests/guest"])
     parser.addini("guest_args", "more arguments for the QEMU of the shared guest", type="args", default=[])
+    parser.addini("guest_words", "more words for its kernel's command line", type="args", default=[])
     parser.addini("guest_root", "the guest's copy of the root directory", default="/code")
 
 
@@ -78,6 +86,21 @@ class RemoteFailure:
         return self.text
 
 
+@dataclass
+class Needs:
+    """What the shared guest is to have beyond what every guest has."""
+
+    arguments: list[str] = field(default_factory=list)
+    words: list[str] = field(default_factory=list)
+    memory_mb: int = MEMORY_MB
+
+    def add(self, devices: Sequence[str] = (), words: Sequence[str] = (), memory_mb: int = 0) -> None:
+        """The arguments of one marker. Whole device lines are compared, so two tests may need the same one."""
+        self.arguments += [line for line in devices if line not in self.arguments]
+        self.words += [word for word in words if word not in self.words]
+        self.memory_mb = max(self.memory_mb, memory_mb)
+
+
 class Session:
     """What the tests of one run share: image, code disk, guest, and the pytest inside it."""
 
@@ -90,6 +113,7 @@ class Session:
         """A line for each guest that was booted, for the summary."""
         self.infrastructure: list[str] = []
         """What failed for reasons of the harness, not of what is tested: nodeid and reason."""
+        self.needs = Needs()
         self._image: Image | None = None
         self._code: Path | None = None
         self._guest: Guest | None = None
@@ -140,8 +164,17 @@ class Session:
             self.end_guest()
         if self._guest is None:
             name = f"guest-{len(self.booted)}"
-            more = self.config.getini("guest_args")
-            self._guest = self._once(lambda: self.boot(name, nics=[Nic()], extra_args=more))
+            more = [word for line in self.needs.arguments for word in shlex.split(line)]
+            self._guest = self._once(
+                lambda: self.boot(
+                    name,
+                    nics=[Nic()],
+                    extra_args=[*self.config.getini("guest_args"), *more],
+                    # Of words that contradict each other the kernel takes the last.
+                    append=[*self.needs.words, *self.config.getini("guest_words")],
+                    memory_mb=self.needs.memory_mb,
+                )
+            )
         return self._guest
 
     def remote(self, items: list[pytest.Item]) -> RemoteTests:
@@ -185,6 +218,11 @@ KEY = pytest.StashKey[Session]()
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "guest: runs inside the guest (set on all tests below guest_tests)")
     config.addinivalue_line("markers", "guest_timeout(seconds): how long a test may take in the guest (60)")
+    config.addinivalue_line(
+        "markers",
+        "guest_needs(devices, words, memory_mb): what the shared guest is to have for a test: arguments for QEMU, a "
+        "device in each, words for the kernel's command line, and so much memory",
+    )
     config.stash[KEY] = Session(config)
 
 
@@ -225,6 +263,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("guest")
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    needs = session.config.stash[KEY].needs
+    for item in session.items:
+        for marker in item.iter_markers("guest_needs"):
+            needs.add(**marker.kwargs)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
     if not _runs_in_guest(item):
@@ -245,12 +290,21 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
         text = f"{type(error).__name__}: {error}"
         reports = [Report(item.nodeid, "setup", "failed", longrepr=text, crash=("", 0, text.splitlines()[0]))]
         trouble = []
+    _blame(reports, trouble)
     for report in reports:
         if trouble:
             report.sections.append(("trouble on the guest's console", "\n".join(trouble)))
         item.ihook.pytest_runtest_logreport(report=_replay(item, report, began))
     item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
     return True
+
+
+def _blame(reports: list[Report], trouble: list[str]) -> None:
+    """Fail the test for what the kernel complained of while it ran, unless it has failed anyway."""
+    serious = next((line for line in trouble if not STALL.search(line)), None)
+    if serious is not None and reports and all(report.outcome != "failed" for report in reports):
+        text = f"the guest's kernel: {serious}"
+        reports[-1].outcome, reports[-1].longrepr, reports[-1].crash = "failed", text, ("", 0, text)
 
 
 def _replay(item: pytest.Item, report: Report, began: float) -> pytest.TestReport:

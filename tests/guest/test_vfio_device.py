@@ -18,9 +18,24 @@ from pathlib import Path
 import pytest
 
 import vfio
-from tests.guest.vfio_support import EDU, MODES, NVME, PAGE, RNG, TESTDEV, Edu, Nvme, find, open_fds, why_not
+from tests.guest.vfio_support import (
+    EDU,
+    MODES,
+    NVME,
+    PAGE,
+    RNG,
+    TESTDEV,
+    Edu,
+    Nvme,
+    find,
+    needs_devices,
+    open_fds,
+    why_not,
+)
 from vfio import _abi
 from vfio.examples import nvme_identify
+
+pytestmark = needs_devices
 
 NIC = (0x1AF4, 0x1041)
 NOBODY = 65534

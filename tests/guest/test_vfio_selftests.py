@@ -16,8 +16,22 @@ from typing import Any
 import pytest
 
 import vfio
-from tests.guest.vfio_support import EDU, MODES, NVME, PAGE, Edu, KernelLog, Nvme, find, huge_pages, why_not
+from tests.guest.vfio_support import (
+    EDU,
+    MODES,
+    NVME,
+    PAGE,
+    Edu,
+    KernelLog,
+    Nvme,
+    find,
+    huge_pages,
+    needs_devices,
+    why_not,
+)
 from vfio import _abi, _sys
+
+pytestmark = needs_devices
 
 TOP = (1 << 64) - 1
 CHUNK = Edu.CHUNK

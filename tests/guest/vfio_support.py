@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
+
 import vfio
 from vfio import _abi, _sys
 
@@ -35,6 +37,14 @@ QEMU_DEVICES = (
     "-device pcie-root-port,id=vfio-rp2,chassis=22,slot=22,addr=0x14",
     "-device virtio-rng-pci,bus=vfio-rp2,disable-legacy=on,iommu_platform=on,aer=on",
 )
+
+needs_devices = pytest.mark.guest_needs(
+    devices=QEMU_DEVICES,
+    # One page of 1 GiB, which can only be had at boot, and 1 GiB for everything else.
+    words=("hugepagesz=1G", "hugepages=1"),
+    memory_mb=2304,
+)
+"""The mark of tests that want these devices: the guest is given them when such a test is run."""
 
 MODES = ("type1", "type1v2", "iommufd-compat-type1", "iommufd-compat-type1v2", "iommufd")
 EDU = (0x1234, 0x11E8)

@@ -109,11 +109,9 @@ def test_sending_waits_until_there_is_room(wire: Wire, guest: socket.socket) -> 
 
 
 def test_a_guest_that_takes_nothing_is_told(wire: Wire) -> None:
-    began = time.monotonic()
     with pytest.raises(WireStalled, match=r"took no frame for 0\.2 s"):
         for frame in frames(2000):
             wire.send(frame, timeout=0.2)
-    assert time.monotonic() - began < 2
     assert wire.sent < 2000
 
 

@@ -200,15 +200,17 @@ class Bridge:
         settings: Settings,
         *,
         stop_fd: int,
+        ready: Callable[[], None] = lambda: None,
         request_fd: int | None = None,
         error_fd: int | None = None,
     ) -> None:
         """`stop_fd` becomes readable when the bridge is to stop: with a word to say so, or at its end because nobody is
-        left to say it. `request_fd` and `error_fd` are the device's request
-        (unplug) and error interrupts where it has them."""
+        left to say it. `ready` is called once clients can be served. `request_fd` and `error_fd` are the device's
+        request (unplug) and error interrupts where it has them."""
         self._net = net
         self._iommu = iommu
         self._server = server
+        self._ready = ready
         self._counters = counters
         self._log = log
         self._settings = settings
@@ -235,6 +237,7 @@ class Bridge:
             try:
                 if self._settings.share:
                     self._prepare()
+                self._ready()
                 while self._stop is None:
                     if self._serving:
                         self._serve(control)

@@ -106,7 +106,6 @@ def _serve(start: dict[str, Any], fds: list[int], channel: socket.socket) -> Sto
             net.configure()
             _measure_delivery(device, net, page.counters)
             net.reset()
-        handover.say(channel, handover.UP)
         bridge = Bridge(
             net,
             device.iommu,
@@ -115,6 +114,7 @@ def _serve(start: dict[str, Any], fds: list[int], channel: socket.socket) -> Sto
             log,
             Settings(**start["settings"]),
             stop_fd=channel.fileno(),
+            ready=lambda: handover.say(channel, handover.UP),
             request_fd=request_fd,
             error_fd=error_fd,
         )

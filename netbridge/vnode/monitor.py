@@ -531,7 +531,7 @@ class _Supervisor:
             poller.register(driver.listener, select.POLLIN)
             assert self._identity is not None
             self._log("confined", user=self._identity.name, driver=driver.pid)
-        elif word == handover.UP:
+        elif word == handover.UP and not driver.up:
             driver.up = self._was_up = True
             self._failed_starts = 0
             share = self._manifest.max_cpu_share
@@ -587,7 +587,9 @@ class _Supervisor:
         word, detail = driver.last_word or ("", "")
         if word == handover.FAILED:
             code, _, text = detail.partition("\n")
-            return text, int(code) if code.isdecimal() else ExitCode.FAILURE
+            # Its own words, which go to somebody's terminal.
+            plain = "".join(each if each.isprintable() or each == "\n" else "?" for each in text)
+            return plain, int(code) if code.isdecimal() else ExitCode.FAILURE
         if driver.violation is not None:
             return f"it called {driver.violation}, which its sandbox does not allow", SandboxError.exit_code
         assert driver.status is not None

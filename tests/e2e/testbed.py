@@ -179,13 +179,6 @@ def end(process: GuestProcess) -> None:
     assert code == 0, f"ended with {code}:\n{process.stderr}"
 
 
-def wait_for_counter(bed: Testbed, name: str, least: int) -> None:
-    """Waits until one of the driver's counters is at least so high. There is no event for that, so it is looked at."""
-    deadline = time.monotonic() + START_SECONDS
-    while (now := bed.counters()[name]) < least:
-        assert time.monotonic() < deadline, f"{name} is {now}, and was to be {least}, after {START_SECONDS:g} s"
-
-
 def settle(wire: Wire, mac: str) -> None:
     """Sends a frame like no other and takes everything up to its answer: frames stay in order, so nothing that was sent
     earlier comes later."""

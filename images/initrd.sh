@@ -36,10 +36,10 @@ exec </dev/console >/dev/console 2>&1
 modprobe -a $early || fail "a module of the initrd could not be loaded"
 
 hundredths
-deadline=$((now + 2000))
+deadline=$((now + 800))
 until find_disk root; do
     hundredths
-    [ "$now" -lt $deadline ] || fail "root disk did not appear within 20 s: no virtio-blk device with serial=root"
+    [ "$now" -lt $deadline ] || fail "root disk did not appear within 8 s: no virtio-blk device with serial=root"
     usleep 20000
 done
 mount -t ext4 -o ro "$disk" /root || fail "root disk $disk does not hold an ext4 file system that can be mounted"

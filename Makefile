@@ -67,6 +67,9 @@ qemu-test: $(SETUP) ## tests in guests: the driver on a real kernel, and end to 
 	$(PYTEST) tests/guest tests/e2e $(VFIO_TESTS:%=--ignore=%) --accel $(ACCEL) $(ARGS)
 
 vfio-test: IN_GUEST = --accel $(ACCEL) -o guest_recipe=images/$(if $(filter debian,$(KERNEL)),trixie,$(KERNEL)).toml
+ifeq ($(KERNEL),debug) # which watches itself
+vfio-test: IN_GUEST += -o guest_patience=8
+endif
 vfio-test: $(SETUP) ## the cases of Linux's VFIO selftests, and more: KERNEL=debian (the default), iommufd or debug
 	$(if $(filter debian iommufd debug,$(KERNEL)),,$(error KERNEL is debian, iommufd or debug, not "$(KERNEL)"))
 	$(PYTEST) $(VFIO_TESTS) $(IN_GUEST) $(ARGS)

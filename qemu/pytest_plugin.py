@@ -8,6 +8,7 @@ Loaded with `-p qemu.pytest_plugin`. In the configuration (paths are relative to
     guest_root     where the guest has its copy of the root directory (/code)
     guest_args     more arguments for QEMU, for the guest that tests share, such as further devices
     guest_words    more words for that guest's kernel command line
+    guest_patience how many times as long as usual a guest may take to boot, and a test in it
 
 Tests below `guest_tests` are collected here as any other, so their modules have to import here. They are set up,
 run and torn down in the guest, in the fixtures of the guest's own pytest; markers such as skipif are judged there.
@@ -40,6 +41,7 @@ from qemu.remote import RemoteTests, Report
 if TYPE_CHECKING:
     from qemu.wire import Wire
 
+BOOT_SECONDS = 60.0
 TEST_SECONDS = 60.0
 MEMORY_MB = 512
 STALL = re.compile(r"blocked|stall|lockup")
@@ -62,6 +64,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addini("guest_tests", "directories of tests that run in the guest", type="linelist", default=["tests/guest"])
     parser.addini("guest_args", "more arguments for the QEMU of the shared guest", type="args", default=[])
     parser.addini("guest_words", "more words for its kernel's command line", type="args", default=[])
+    parser.addini("guest_patience", "how many times as long as usual things may take in a guest", default="1")
     parser.addini("guest_root", "the guest's copy of the root directory", default="/code")
 
 
@@ -114,6 +117,7 @@ class Session:
         self.infrastructure: list[str] = []
         """What failed for reasons of the harness, not of what is tested: nodeid and reason."""
         self.needs = Needs()
+        self.patience = _patience(str(config.getini("guest_patience")))
         self._image: Image | None = None
         self._code: Path | None = None
         self._guest: Guest | None = None
@@ -154,6 +158,7 @@ class Session:
         """A guest of its own, for a test that changes or breaks it; to be closed by whoever asked for it."""
         options.setdefault("accel", self.config.getoption("accel") or "auto")
         options.setdefault("code", self.code())
+        options.setdefault("timeout", BOOT_SECONDS * self.patience)
         guest = boot(self.image(), artefacts=self.artefacts / name, say=self.say, **options)
         self.booted.append(f"{guest.accel}, up in {guest.boot_seconds:.1f} s")
         return guest
@@ -198,6 +203,16 @@ class Session:
         if self._guest is not None:
             self._guest.close()
             self._guest = None
+
+
+def _patience(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 1.0 <= value <= 1000.0:
+        raise pytest.UsageError(f"guest_patience: expected a number from 1 to 1000, found {text!r}")
+    return value
 
 
 def _for_guest(options: list[str]) -> list[str]:
@@ -277,7 +292,7 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
     session = item.config.stash[KEY]
     following = nextitem.nodeid if nextitem is not None and _runs_in_guest(nextitem) else None
     marker = item.get_closest_marker("guest_timeout")
-    timeout = float(marker.args[0]) if marker is not None else TEST_SECONDS
+    timeout = session.patience * (float(marker.args[0]) if marker is not None else TEST_SECONDS)
     item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
     began = time.time()
     try:

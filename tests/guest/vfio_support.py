@@ -40,8 +40,8 @@ QEMU_DEVICES = (
 
 needs_devices = pytest.mark.guest_needs(
     devices=QEMU_DEVICES,
-    # One page of 1 GiB, which can only be had at boot. Of the 2 GiB that the machine has below 4 GiB neither half need be
-    # whole, as kernel and initramfs lie there, so it takes memory above them, too. What is not used costs the host nothing.
+    # One page of 1 GiB, which can only be had at boot. Kernel and initramfs may lie in either half of the 2 GiB below
+    # 4 GiB that the machine has, so the page is to be had above. What is not used costs the host nothing.
     words=("hugepagesz=1G", "hugepages=1"),
     memory_mb=3328,
 )

@@ -2,7 +2,7 @@
 
 import pytest
 
-from qemu.pytest_plugin import MEMORY_MB, Needs, _blame
+from qemu.pytest_plugin import MEMORY_MB, Needs, _blame, _patience
 from qemu.remote import Report
 
 
@@ -52,3 +52,10 @@ def test_a_test_that_failed_keeps_its_own_reason() -> None:
     made = reports("failed")
     _blame(made, [COMPLAINT])
     assert made == reports("failed")
+
+
+def test_patience_is_a_number() -> None:
+    assert _patience("8") == 8.0
+    for wrong in ("", "long", "0", "-1", "nan", "inf"):
+        with pytest.raises(pytest.UsageError, match="guest_patience: expected a number from 1 to 1000"):
+            _patience(wrong)

@@ -64,7 +64,7 @@ host-spin: | host-packages
 VFIO_TESTS := tests/guest/test_vfio_selftests.py tests/guest/test_vfio_device.py
 
 qemu-test: $(SETUP) ## tests in guests: the driver on a real kernel, and end to end with scapy
-	$(PYTEST) tests/guest tests/e2e $(VFIO_TESTS:%=--ignore=%) --accel $(ACCEL) $(ARGS)
+	$(PYTEST) tests/guest tests/e2e $(VFIO_TESTS:%=--ignore=%) -n 2 --accel $(ACCEL) $(ARGS)
 
 vfio-test: IN_GUEST = --accel $(ACCEL) -o guest_recipe=images/$(if $(filter debian,$(KERNEL)),trixie,$(KERNEL)).toml
 ifeq ($(KERNEL),debug) # which watches itself

@@ -77,8 +77,8 @@ ifneq ($(KERNEL),debian) # which has no VFIO without an IOMMU
 	$(PYTEST) $(VFIO_TESTS) -k without_an_iommu $(IN_GUEST) -o guest_words=intel_iommu=off --artefacts build/tests/no-iommu
 endif
 
-bench: $(SETUP) ## measure against a peer, side by side in one run
-	$(PY) -m tests.bench $(ARGS)
+bench: $(SETUP) ## what the C core costs a frame (its peers are not measured yet)
+	$(PY) -m tests.bench.core_throughput $(ARGS)
 
 lint: $(SETUP) ## ruff, mypy, and the C core under -Wall -Wextra -Werror
 	$(VENV)/bin/ruff check

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -157,7 +158,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit code: 1 for an error, which is told in one line on stderr."""
     options = _parser().parse_args(arguments)
     try:
-        return _COMMANDS[options.command](options)
+        code = _COMMANDS[options.command](options)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # Whoever read this has read enough, such as `head`. Python would try to flush once more on its way out.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except HarnessError as error:
         print(f"images: {error}", file=sys.stderr)
         return 1

@@ -257,7 +257,7 @@ def test_the_shell_on_a_terminal(artefacts: Path) -> None:
     fcntl.ioctl(ours, termios.TIOCSWINSZ, struct.pack("HHHH", 44, 88, 0, 0))
     os.kill(shell.pid, signal.SIGWINCH)
     # By the time it speaks it is in the foreground: Ctrl-C between two commands would reach neither.
-        os.write(ours, b"sh -c 'echo r$((1 + 2))n; exec sleep 1000'\r")
+    os.write(ours, b"sh -c 'echo r$((1 + 2))n; exec sleep 1000'\r")
     expect(b"r3n")
     os.write(ours, b"\x03")
     expect(b"# ")

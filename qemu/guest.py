@@ -362,7 +362,7 @@ def boot(
     cpus: int | None = None,
     append: Sequence[str] = (),
     extra_args: Sequence[str] = (),
-    timeout: float = 60.0,
+    timeout: float = 180.0,
     say: Callable[[str], None] = lambda _: None,
 ) -> Guest:
     """Boot a guest and return it when its agent has greeted.
@@ -370,8 +370,9 @@ def boot(
     `code` is a second read-only disk; `append` goes to the kernel's command line, `extra_args` to QEMU's. A NIC
     without a wire gets one, captured in `artefacts`, which belongs to the guest: see Guest.wires. `accel` is "auto",
     "kvm" or "tcg"; with "auto" a KVM that does not get this kernel to its user space is given up for TCG, and
-    Guest.accel tells why. `say` gets a line when that takes an attempt. `timeout` bounds each attempt; a guest that
-    does nothing is given up long before. `cpus` defaults to two under KVM and one under TCG (see command.py).
+    Guest.accel tells why. `say` gets a line when that takes an attempt. `timeout` bounds each attempt, in case nothing
+    else does: a guest that is idle, spins or floods its console is given up long before. `cpus` defaults to two under
+    KVM and one under TCG (see command.py).
 
     Raises GuestPanicked, GuestNeverCameUp, AcceleratorUnavailable, ToolMissing.
     """

@@ -41,7 +41,7 @@ from qemu.remote import RemoteTests, Report
 if TYPE_CHECKING:
     from qemu.wire import Wire
 
-BOOT_SECONDS = 60.0
+BOOT_SECONDS = 180.0
 TEST_SECONDS = 60.0
 MEMORY_MB = 512
 STALL = re.compile(r"blocked|stall|lockup")

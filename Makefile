@@ -19,7 +19,7 @@ KERNEL ?= debian
 SETUP := $(VENV)/.set-up
 C_SOURCES := $(wildcard netbridge/datapath/core/*.[ch]) netbridge/datapath/build.py
 
-.PHONY: help setup demo test unit thorough qemu-test bench lint format shell clean
+.PHONY: help setup demo test unit sanitize thorough sandbox-test qemu-test bench lint format shell clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,13 +39,15 @@ host-packages:
 demo: $(SETUP) ## boot a guest, claim its NIC through VFIO, echo real frames through the port, check each
 	$(PY) -m tests.e2e.demo --accel $(ACCEL) $(ARGS)
 
-test: lint unit thorough qemu-test vfio-test ## everything that must pass: lint, unit, thorough, qemu-test and vfio-test
+test: lint unit sanitize qemu-test ## what every change must pass: lint, unit, sanitize and qemu-test
 
 unit: $(SETUP) ## tests without a virtual machine, in seconds
 	$(PYTEST) tests/unit -n 2 -m "not thorough" $(ARGS)
 
-thorough: $(SETUP) ## the unit tests that take longer: the C core under sanitizers, random search
+sanitize: $(SETUP) ## the unit tests that take longer: the C core under sanitizers, random search
 	$(PYTEST) tests/unit -n 2 -m thorough $(ARGS)
+
+thorough: test sandbox-test vfio-test ## all tests there are but the model: test, sandbox-test and vfio-test
 
 model: | host-spin ## model-check wake-ups, memory ordering and ownership; every mutant must fail
 	nice $(PYTHON) -m tests.model $(ARGS)
@@ -64,7 +66,10 @@ host-spin: | host-packages
 VFIO_TESTS := tests/guest/test_vfio_selftests.py tests/guest/test_vfio_device.py
 
 qemu-test: $(SETUP) ## tests in guests: the driver on a real kernel, and end to end with scapy
-	$(PYTEST) tests/guest tests/e2e $(VFIO_TESTS:%=--ignore=%) -n 2 --accel $(ACCEL) $(ARGS)
+	$(PYTEST) tests/guest tests/e2e $(VFIO_TESTS:%=--ignore=%) -n 2 -m "not thorough" --accel $(ACCEL) $(ARGS)
+
+sandbox-test: $(SETUP) ## tests in guests that start a driver each: what strict mode forbids, and survival of kills
+	$(PYTEST) tests/e2e -n 2 -m thorough --accel $(ACCEL) $(ARGS)
 
 vfio-test: IN_GUEST = --accel $(ACCEL) -o guest_recipe=images/$(if $(filter debian,$(KERNEL)),trixie,$(KERNEL)).toml
 ifeq ($(KERNEL),debug) # which watches itself

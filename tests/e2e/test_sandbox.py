@@ -15,6 +15,8 @@ from tests.e2e import testbed
 from tests.e2e.testbed import Testbed
 from tests.e2e.traffic import Generator, reflected
 
+pytestmark = pytest.mark.thorough
+
 MEMORY_MIB = 16
 SOCKET_AF_INET, SOCK_STREAM = 2, 1
 PROT_RWX, MAP_ANONYMOUS_PRIVATE = 7, 0x22

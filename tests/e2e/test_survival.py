@@ -7,11 +7,15 @@ import threading
 import time
 from collections.abc import Callable
 
+import pytest
+
 from qemu.guest import Guest
 from qemu.wire import Wire
 from tests.e2e import testbed
 from tests.e2e.testbed import Testbed
 from tests.e2e.traffic import Generator, reflected
+
+pytestmark = pytest.mark.thorough
 
 BUS_MASTER = 0x04
 

@@ -8,6 +8,8 @@ from qemu.pytest_plugin import _for_guest
 
 pytest_plugins = ["pytester"]
 
+pytestmark = pytest.mark.thorough  # each starts a pytest of its own
+
 ROOT = Path(__file__).parents[2]
 
 STAND_IN = """

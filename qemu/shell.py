@@ -108,16 +108,20 @@ def _print(process: GuestProcess, ended: int) -> None:
 def _type(process: GuestProcess, ended: int) -> bool:
     """Pass on what is typed until the command has ended; false when the user wants to leave before."""
     sources = [0, ended]
+    terminal = os.isatty(0)
     while True:
         ready, _, _ = select.select(sources, [], [])
         if ended in ready:
             return True
-        data = os.read(0, 4096)
+        try:
+            data = os.read(0, 4096)
+        except OSError:
+            data = b""
+        if terminal and (not data or LEAVE in data):
+            return False  # without data: whoever had the terminal has gone
         if not data:
             process.close_stdin()
             sources.remove(0)
-        elif LEAVE in data and os.isatty(0):
-            return False
         else:
             process.write(data)
 

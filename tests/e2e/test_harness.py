@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import functools
 import os
 import select
 import signal
@@ -226,8 +227,11 @@ def test_a_command_by_way_of_the_shell(artefacts: Path) -> None:
     assert done.stderr.endswith("sorry\n")
 
 
-def test_the_shell_on_a_terminal(artefacts: Path) -> None:
+def test_the_shell_on_a_terminal(artefacts: Path, request: pytest.FixtureRequest) -> None:
     ours, theirs = os.openpty()
+    # Closed whatever comes of the test: a shell whose terminal has gone ends, and its guest with it.
+    for end in (ours, theirs):
+        request.addfinalizer(functools.partial(os.close, end))
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 33, 99, 0, 0))
     before = termios.tcgetattr(theirs)
     shell = subprocess.Popen(
@@ -268,8 +272,6 @@ def test_the_shell_on_a_terminal(artefacts: Path) -> None:
     os.write(ours, b"\x1d")
     assert shell.wait(30) == 0
     assert termios.tcgetattr(theirs) == before
-    os.close(ours)
-    os.close(theirs)
 
 
 # A guest that does not come up

@@ -61,6 +61,7 @@ class Decoder:
 
     def __init__(self) -> None:
         self._buffer = bytearray()
+        self._begun: tuple[dict[str, Any], int, int] | None = None  # a header, where its payload starts and ends
         self.garbage = 0
 
     def feed(self, data: bytes) -> Iterator[tuple[dict[str, Any], bytes]]:
@@ -73,6 +74,21 @@ class Decoder:
         del self._buffer[:count]
 
     def _next(self) -> tuple[dict[str, Any], bytes] | None:
+        # The header is looked at before the payload is there, so that a false magic cannot hold up a true frame
+        # behind it for longer than one header; and it is looked at once, however many pieces the payload comes in.
+        if self._begun is None:
+            self._begun = self._header()
+        if self._begun is None:
+            return None
+        header, start, end = self._begun
+        if len(self._buffer) < end:
+            return None
+        payload = bytes(self._buffer[start:end])
+        del self._buffer[:end]
+        self._begun = None
+        return header, payload
+
+    def _header(self) -> tuple[dict[str, Any], int, int] | None:
         buffer = self._buffer
         while True:
             start = buffer.find(MAGIC)
@@ -89,22 +105,15 @@ class Decoder:
                 self._skip(len(MAGIC))
                 continue
             body = HEAD.size + header_size
-            # The header is looked at before the payload is there, so that a false magic cannot hold up
-            # a true frame behind it for longer than one header.
             if len(buffer) < body:
                 return None
             try:
                 header = json.loads(buffer[HEAD.size : body])
             except ValueError:
                 header = None
-            if not isinstance(header, dict):
-                self._skip(len(MAGIC))
-                continue
-            if len(buffer) < body + payload_size:
-                return None
-            payload = bytes(buffer[body : body + payload_size])
-            del buffer[: body + payload_size]
-            return header, payload
+            if isinstance(header, dict):
+                return header, body, body + payload_size
+            self._skip(len(MAGIC))
 
 
 class Request:

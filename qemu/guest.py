@@ -141,7 +141,7 @@ class Guest:
 
     def _with_console(self, text: str) -> str:
         tail = self._console.tail(CONSOLE_LINES)
-        return f"{text}\n--- end of {self.console}\n{tail}" if tail.strip() else f"{text}; its console is empty"
+        return f"{text}\n--- end of {self.console}\n{tail}" if tail.strip() else f"{text}\nits console is empty"
 
     def _on_hello(self) -> None:
         with self._state:

@@ -386,16 +386,17 @@ class NetDevice:
     def _set_up_queues(self) -> None:
         """Virtqueue configuration (§4.1.5.1.3): sizes, then memory for both, then both queues."""
         sizes = tuple(self._choose_size(index, most) for index, most in enumerate(self._sizes))
-        layouts = [_layout(size) for size in sizes]
+        configs = [_queue_config(index, size) for index, size in enumerate(sizes)]
+        layouts = [_layout(config) for config in configs]
         self._provide_memory(sum(whole_pages(layout.bytes) for layout in layouts) + whole_pages(HEADER_BYTES))
         assert self._block is not None
         pieces = Pieces(self._block)
         is_msix = self.interrupts.mode is InterruptMode.MSIX
         vectors = (RX_VECTOR, TX_VECTOR) if is_msix else (NO_VECTOR, NO_VECTOR)
-        for index, (size, layout, vector) in enumerate(zip(sizes, layouts, vectors, strict=True)):
+        for index, (config, layout, vector) in enumerate(zip(configs, layouts, vectors, strict=True)):
             memory = pieces.take(layout.bytes)
             setup = QueueSetup(
-                size=size,
+                size=config.size,
                 descriptors=memory.iova + layout.desc,
                 driver_area=memory.iova + layout.driver,
                 device_area=memory.iova + layout.device,
@@ -403,11 +404,13 @@ class NetDevice:
             )
             granted = self._transport.set_up_queue(index, setup)
             self._require_vector(f"queue {index}", vector, granted)
-            notify = ffi.cast("volatile uint16_t *", self._transport.notify_address(index))
-            handle = lib.nb_virtqueue_new(index, size, ffi.cast("void *", memory.address), notify)
+            config.memory = ffi.cast("void *", memory.address)
+            config.iova = memory.iova
+            config.notify = ffi.cast("volatile void *", self._transport.notify_address(index))
+            handle = lib.nb_virtqueue_new(config)
             if handle == ffi.NULL:
-                raise MemoryError(f"{self.name}: no memory for queue {index} of {size} entries")
-            self._queues.append(VirtQueue(index, size, vector, handle))
+                raise MemoryError(f"{self.name}: no memory for queue {index} of {config.size} entries")
+            self._queues.append(VirtQueue(index, config.size, vector, handle))
         self._tx_header = pieces.take(HEADER_BYTES)
         for queue in self._queues:
             self._transport.enable_queue(queue.index)
@@ -527,8 +530,13 @@ class NetDevice:
             last_to_first.callback(self._forget)
 
 
-def _layout(size: int) -> Any:
+def _queue_config(index: int, size: int) -> Any:
+    """A `struct nb_virtqueue_config`, but for what follows from where the queue's memory is."""
+    return ffi.new("struct nb_virtqueue_config *", {"index": index, "size": size, "kick_fd": -1})
+
+
+def _layout(config: Any) -> Any:
     layout = ffi.new("struct nb_virtqueue_layout *")
-    if lib.nb_virtqueue_layout(size, layout):
-        raise ValueError(f"a virtqueue of {size} entries")
+    if lib.nb_virtqueue_layout(config, layout):
+        raise ValueError(f"a virtqueue of {config.size} entries")
     return layout

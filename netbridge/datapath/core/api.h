@@ -109,7 +109,7 @@ struct nb_counters {
 
 /* ---- The driver's side ---------------------------------------------------------------------------------------- */
 
-/* A split virtqueue (virtio 1.3 §2.7). Opaque: nb_virtqueue_new/free. */
+/* A virtqueue (virtio 1.3 §2.6). Opaque: nb_virtqueue_new/free. */
 struct nb_virtqueue;
 /* A region's buffers and who owns each of them. Opaque: nb_ledger_new/free. */
 struct nb_ledger;
@@ -118,18 +118,38 @@ struct nb_pump;
 
 enum nb_owner { NB_OWNER_DRIVER, NB_OWNER_DEVICE, NB_OWNER_CLIENT, NB_OWNERS };
 
-/* Where the three parts of a split virtqueue of `size` lie, as byte offsets into its memory. */
+/* What device and driver agreed on about their rings (virtio 1.3 §6). */
+enum nb_ring_feature {
+    NB_RING_PACKED = 1,
+    NB_RING_EVENT_IDX = 2,
+    NB_RING_IN_ORDER = 4,
+    NB_RING_NOTIFICATION_DATA = 8
+};
+
+/* A virtqueue to be made. */
+struct nb_virtqueue_config {
+    uint16_t index;          /* the device's number for it */
+    uint16_t size;           /* entries; of a split one a power of two; 32768 at most */
+    uint16_t table_segments; /* INDIRECT_DESC: segments of the longest chain that takes one descriptor; 0: not agreed */
+    uint16_t features;       /* enum nb_ring_feature, or-ed */
+    void *memory;            /* zeroed, `layout.bytes` long */
+    uint64_t iova;           /* where the device sees `memory` */
+    volatile void *notify;   /* where the device is notified, 16 bits wide, 32 with NOTIFICATION_DATA */
+    int kick_fd;             /* eventfd to notify by instead (vhost-user), or -1 */
+};
+
+/* Where its parts lie, as byte offsets into its memory. */
 struct nb_virtqueue_layout {
-    uint64_t desc;
-    uint64_t driver; /* available ring */
-    uint64_t device; /* used ring */
+    uint64_t desc;   /* descriptor area */
+    uint64_t driver; /* driver area: available ring */
+    uint64_t device; /* device area: used ring */
     uint64_t bytes;  /* of the whole */
 };
-int nb_virtqueue_layout(uint16_t size, struct nb_virtqueue_layout *layout);
+/* Of the configuration `size`, `table_segments` and `features` matter. -1: these cannot be. */
+int nb_virtqueue_layout(const struct nb_virtqueue_config *config, struct nb_virtqueue_layout *layout);
 
-/* `memory`: zeroed, `layout.bytes` long, reached by the device at the addresses Python programs. `notify`: the address
- * to write `index` to. NULL: out of memory, or `size` is no power of two from 1 to 32768. */
-struct nb_virtqueue *nb_virtqueue_new(uint16_t index, uint16_t size, void *memory, volatile uint16_t *notify);
+/* NULL: out of memory, or there is no layout for it. `memory` and `kick_fd` stay the caller's, who keeps them longer. */
+struct nb_virtqueue *nb_virtqueue_new(const struct nb_virtqueue_config *config);
 void nb_virtqueue_free(struct nb_virtqueue *queue);
 uint16_t nb_virtqueue_in_flight(const struct nb_virtqueue *queue);
 

@@ -20,6 +20,7 @@
 
 enum {
     ETHERNET_HEADER = 14,
+    TX_SEGMENTS = 2,            /* header and frame */
     MAX_PIECES = 64,            /* more than a 64 KiB frame needs in buffers of 2 KiB */
     ROUNDS_BETWEEN_LOOKS = 256, /* while awake, how often control_fd and INTx are looked at */
     NUM_BUFFERS_OFFSET = 10,    /* in struct virtio_net_hdr (virtio 1.3 §5.1.6), a 16-bit word */
@@ -143,10 +144,13 @@ static int receive(struct nb_pump *pump)
     uint32_t put_before = pump->rx_active_put;
     uint32_t frames = 0;
     int verdict = 0;
-    for (uint32_t i = 0; i < take && verdict == 0; i++) {
+    uint32_t taken = 0;
+    for (; taken < take && verdict == 0; taken++) {
         struct nb_used used;
-        int taken = virtqueue_take(queue, &used);
-        verdict = taken < 0 ? device_fault(-1 - taken) : gather(pump, &used);
+        int got = virtqueue_take(queue, &used);
+        if (got == 0)
+            break;
+        verdict = got < 0 ? device_fault(-1 - got) : gather(pump, &used);
         if (verdict == 0 && pump->pieces_gathered == pump->pieces_expected) {
             finish_frame(pump);
             frames++;
@@ -156,7 +160,7 @@ static int receive(struct nb_pump *pump)
         count_burst(pump->config.counters->rx_bursts, frames);
     if (pump->rx_active_put != put_before)
         ring_publish(&pump->config.rx_active, pump->rx_active_put);
-    return verdict < 0 ? verdict : (int)take;
+    return verdict < 0 ? verdict : (int)taken;
 }
 
 /* ---- RX buffers: client to device ----------------------------------------------------------------------------- */
@@ -184,11 +188,12 @@ static int take_back(struct nb_pump *pump)
 static void notify(struct nb_pump *pump, struct nb_virtqueue *queue)
 {
     struct nb_counters *counters = pump->config.counters;
-    uint16_t before = queue->avail_published;
+    if (!virtqueue_has_unpublished(queue))
+        return;
     if (virtqueue_publish(queue)) {
         virtqueue_notify(queue);
         count(&counters->notifications_sent, 1);
-    } else if (queue->avail_published != before) {
+    } else {
         count(&counters->notifications_suppressed, 1);
     }
 }
@@ -199,9 +204,10 @@ static void post_free_buffers(struct nb_pump *pump)
     struct nb_ledger *ledger = pump->config.rx_ledger;
     uint32_t before_frame = ledger->region.headroom - pump->config.net_header_bytes;
     uint32_t room = ledger->region.stride - before_frame;
-    while (queue->free_count != 0 && ledger_free_count(ledger) != 0) {
+    while (virtqueue_has_room(queue, 1) && ledger_free_count(ledger) != 0) {
         uint32_t buffer = ledger_take_for_device(ledger);
-        virtqueue_add_writable(queue, ledger_iova(ledger, buffer) + before_frame, room, buffer);
+        struct nb_segment segment = {.iova = ledger_iova(ledger, buffer) + before_frame, .len = room};
+        virtqueue_add(queue, &segment, 0, 1, buffer);
     }
 }
 
@@ -223,7 +229,7 @@ static int transmit(struct nb_pump *pump)
     uint32_t room = ledger_room(ledger);
     uint32_t sent = 0;
     int verdict = 0;
-    while (sent < waiting && sent < pump->config.burst && queue->free_count >= 2) {
+    while (sent < waiting && sent < pump->config.burst && virtqueue_has_room(queue, TX_SEGMENTS)) {
         struct nb_entry entry = ring_take(&pump->config.tx_active, &pump->tx_active_taken);
         int64_t buffer = ledger_check(ledger, entry.dma_handle);
         if (entry.kind != NB_TX_PACKET || entry.flags != 0)
@@ -235,9 +241,11 @@ static int transmit(struct nb_pump *pump)
         if (verdict < 0)
             break;
         ledger_move(ledger, (uint32_t)buffer, NB_OWNER_CLIENT, NB_OWNER_DEVICE);
-        virtqueue_add_readable(queue, pump->config.tx_header_iova, pump->config.net_header_bytes,
-                               ledger_iova(ledger, (uint32_t)buffer) + ledger->region.headroom, entry.len,
-                               (uint32_t)buffer);
+        struct nb_segment segments[TX_SEGMENTS] = {
+            {.iova = pump->config.tx_header_iova, .len = pump->config.net_header_bytes},
+            {.iova = ledger_iova(ledger, (uint32_t)buffer) + ledger->region.headroom, .len = entry.len},
+        };
+        virtqueue_add(queue, segments, TX_SEGMENTS, 0, (uint32_t)buffer);
         sent++;
     }
     if (sent) {
@@ -264,21 +272,17 @@ static int complete(struct nb_pump *pump)
     int completed = virtqueue_completed(pump->config.tx_queue);
     if (completed < 0)
         return device_fault(-1 - completed);
-    int verdict = 0;
-    for (int i = 0; i < completed; i++) {
-        struct nb_used used;
-        int taken = virtqueue_take(pump->config.tx_queue, &used);
-        if (taken < 0) {
-            verdict = device_fault(-1 - taken);
-            break;
-        }
+    int taken = 0, got = 0;
+    struct nb_used used;
+    while (taken < completed && (got = virtqueue_take(pump->config.tx_queue, &used)) > 0) {
         acknowledge(pump, used.buffer);
         count(&counters->packets_tx, 1);
-        count(&counters->bytes_tx, used.readable);
+        count(&counters->bytes_tx, used.readable - pump->config.net_header_bytes);
+        taken++;
     }
-    if (completed)
+    if (taken)
         ring_publish(&pump->config.tx_done, pump->tx_done_put);
-    return verdict < 0 ? verdict : completed;
+    return got < 0 ? device_fault(-1 - got) : taken;
 }
 
 /* ---- Rounds, sleep and wake-up -------------------------------------------------------------------------------- */
@@ -344,12 +348,12 @@ static bool ask_for_wakeup(struct nb_pump *pump)
     const struct nb_pump_config *config = &pump->config;
     /* Returned RX buffers can wait while the device has plenty: half of its queue, and enough for the longest frame, which
      * it holds back until it has room for all of it. */
-    bool device_starves = config->rx_queue->free_count > config->rx_queue->size / 2 ||
-                          config->rx_queue->chains_in_flight < config->rx_max_pieces;
+    bool device_starves = virtqueue_is_half_empty(config->rx_queue) ||
+                          virtqueue_in_flight(config->rx_queue) < config->rx_max_pieces;
     if (device_starves)
         ring_arm(&config->rx_free);
     /* Frames to send can wait while the device has no room for them: its interrupt will tell. */
-    bool room_to_send = config->tx_queue->free_count >= 2;
+    bool room_to_send = virtqueue_has_room(config->tx_queue, TX_SEGMENTS);
     if (room_to_send)
         ring_arm(&config->tx_active);
     virtqueue_set_interrupts(config->rx_queue, true);
@@ -488,7 +492,7 @@ static bool is_consistent(const struct nb_pump_config *config)
            ring_is_valid(&config->tx_active, tx) && ring_is_valid(&config->tx_done, tx) && config->burst != 0 &&
            config->rx_max_pieces >= 1 && config->rx_max_pieces <= MAX_PIECES &&
            config->net_header_bytes <= region->headroom && (!merges || merge_header_is_valid) &&
-           config->tx_queue->size >= 2 && /* header and frame take a descriptor each */
+           virtqueue_has_room(config->tx_queue, TX_SEGMENTS) &&
            (config->intx_fd < 0 || config->isr_status != NULL);
 }
 
@@ -528,7 +532,7 @@ void nb_pump_prime(struct nb_pump *pump)
 {
     post_free_buffers(pump);
     /* The device may look from DRIVER_OK on; the notification comes with the first round. */
-    store_release_16(&pump->config.rx_queue->avail->idx, pump->config.rx_queue->avail_next);
+    virtqueue_show(pump->config.rx_queue);
     struct nb_ledger *tx = pump->config.tx_ledger;
     while (ledger_free_count(tx) != 0)
         acknowledge(pump, ledger_take_for_device(tx));

@@ -10,9 +10,10 @@ static uint64_t align_up(uint64_t value) { return (value + PART_ALIGNMENT - 1) &
 
 static bool is_valid_size(uint16_t size) { return size >= 1 && size <= 32768 && (size & (size - 1)) == 0; }
 
-int nb_virtqueue_layout(uint16_t size, struct nb_virtqueue_layout *layout)
+int nb_virtqueue_layout(const struct nb_virtqueue_config *config, struct nb_virtqueue_layout *layout)
 {
-    if (!is_valid_size(size))
+    uint16_t size = config->size;
+    if (!is_valid_size(size) || config->features != 0 || config->table_segments != 0)
         return -1;
     /* Two bytes more than flags, idx and ring: the event words of EVENT_IDX (virtio 1.3 §2.7.2). */
     layout->desc = 0;
@@ -22,20 +23,22 @@ int nb_virtqueue_layout(uint16_t size, struct nb_virtqueue_layout *layout)
     return 0;
 }
 
-struct nb_virtqueue *nb_virtqueue_new(uint16_t index, uint16_t size, void *memory, volatile uint16_t *notify)
+struct nb_virtqueue *nb_virtqueue_new(const struct nb_virtqueue_config *config)
 {
     struct nb_virtqueue_layout layout;
-    if (nb_virtqueue_layout(size, &layout))
+    if (nb_virtqueue_layout(config, &layout))
         return NULL;
+    uint16_t size = config->size;
     struct nb_virtqueue *queue = calloc(1, sizeof(*queue) + size * sizeof(queue->slots[0]));
     if (!queue)
         return NULL;
-    queue->desc = (struct vring_desc *)((uint8_t *)memory + layout.desc);
-    queue->avail = (struct vring_avail *)((uint8_t *)memory + layout.driver);
-    queue->used = (struct vring_used *)((uint8_t *)memory + layout.device);
-    queue->notify = notify;
+    queue->desc = (struct vring_desc *)((uint8_t *)config->memory + layout.desc);
+    queue->avail = (struct vring_avail *)((uint8_t *)config->memory + layout.driver);
+    queue->used = (struct vring_used *)((uint8_t *)config->memory + layout.device);
+    queue->notify = config->notify;
+    queue->kick_fd = config->kick_fd;
     queue->size = size;
-    queue->index = index;
+    queue->index = config->index;
     queue->free_count = size;
     queue->interrupts = true;
     for (uint16_t i = 0; i < size; i++)

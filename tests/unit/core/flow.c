@@ -295,6 +295,21 @@ TEST(device_that_wants_no_notifications_gets_none)
     world_close(&world);
 }
 
+/* A device in another process is notified by eventfd. */
+TEST(notifications_by_eventfd)
+{
+    struct world world;
+    world_open(&world, (struct world_config){.kicks = true});
+    world_pump_idle(&world);
+    CHECK(is_rung(world.rx_config.kick_fd));
+    CHECK(!is_rung(world.tx_config.kick_fd));
+    send_one(&world, 0, 60);
+    world_pump_idle(&world);
+    CHECK(is_rung(world.tx_config.kick_fd));
+    CHECK_EQ(world.rx_notify | world.tx_notify, 0);
+    world_close(&world);
+}
+
 /* While awake the pump asks the device for no interrupts and the client for no doorbells. */
 TEST(nobody_is_asked_for_wake_ups_while_the_pump_is_awake)
 {

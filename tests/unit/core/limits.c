@@ -11,7 +11,7 @@ TEST(virtqueue_layout_follows_the_specification)
     /* virtio 1.3 §2.7: alignments 16, 2 and 4; sizes 16n, 6+2n and 6+8n. */
     for (uint32_t size = 1; size <= 32768; size *= 2) {
         struct nb_virtqueue_layout layout;
-        CHECK_EQ(nb_virtqueue_layout((uint16_t)size, &layout), 0);
+        CHECK_EQ(nb_virtqueue_layout(&(struct nb_virtqueue_config){.size = (uint16_t)size}, &layout), 0);
         CHECK_EQ(layout.desc % 16 + layout.driver % 2 + layout.device % 4, 0);
         CHECK(layout.driver >= layout.desc + 16 * size);
         CHECK(layout.device >= layout.driver + 6 + 2 * size);
@@ -26,8 +26,9 @@ TEST(virtqueue_of_an_impossible_size)
     uint16_t notify;
     uint8_t memory[16];
     for (unsigned i = 0; i < sizeof(sizes) / sizeof(sizes[0]); i++) {
-        CHECK_EQ(nb_virtqueue_layout(sizes[i], &layout), -1);
-        CHECK(nb_virtqueue_new(0, sizes[i], memory, &notify) == NULL);
+        struct nb_virtqueue_config config = {.size = sizes[i], .memory = memory, .notify = &notify, .kick_fd = -1};
+        CHECK_EQ(nb_virtqueue_layout(&config, &layout), -1);
+        CHECK(nb_virtqueue_new(&config) == NULL);
     }
 }
 
@@ -107,7 +108,9 @@ TEST(pump_with_a_tx_queue_of_one_descriptor)
 {
     struct world world;
     world_open(&world, (struct world_config){0});
-    struct nb_virtqueue *queue = nb_virtqueue_new(1, 1, world.tx_memory.driver, &world.tx_notify);
+    struct nb_virtqueue_config tx_config = world.tx_config;
+    tx_config.size = 1;
+    struct nb_virtqueue *queue = nb_virtqueue_new(&tx_config);
     REFUSE(config.tx_queue = queue);
     nb_virtqueue_free(queue);
     world_close(&world);

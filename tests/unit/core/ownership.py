@@ -90,12 +90,14 @@ class Queue:
 
     def __init__(self, index: int, size: int) -> None:
         layout = ffi.new("struct nb_virtqueue_layout *")
-        assert lib.nb_virtqueue_layout(size, layout) == 0
+        config = ffi.new("struct nb_virtqueue_config *", {"index": index, "size": size, "kick_fd": -1})
+        assert lib.nb_virtqueue_layout(config, layout) == 0
         self.size = size
         self.memory = ffi.new("uint8_t[]", layout.bytes)
         self.bytes = ffi.buffer(self.memory)
         self.notify = ffi.new("uint16_t *")
-        self.core = lib.nb_virtqueue_new(index, size, self.memory, self.notify)
+        config.memory, config.notify = self.memory, self.notify
+        self.core = lib.nb_virtqueue_new(config)
         self._descriptors, self._available, self._used = layout.desc, layout.driver, layout.device
         self.taken = 0
         self.used = 0

@@ -7,7 +7,7 @@
 
 static void start_queue_at(struct nb_virtqueue *queue, uint16_t index)
 {
-    queue->avail_next = queue->avail_published = queue->used_next = index;
+    queue->avail_next = queue->avail_published = queue->used_next = queue->used_shown = index;
     queue->avail->idx = queue->used->idx = index;
 }
 

@@ -130,13 +130,19 @@ static uint32_t slots_for(uint32_t buffers)
 static void open_memory(struct world *world)
 {
     const struct world_config *config = &world->config;
-    CHECK_EQ(nb_virtqueue_layout(config->rx_size, &world->rx_layout), 0);
-    CHECK_EQ(nb_virtqueue_layout(config->tx_size, &world->tx_layout), 0);
+    world->rx_config = (struct nb_virtqueue_config){
+        .index = 0, .size = config->rx_size, .iova = RX_QUEUE_IOVA, .notify = &world->rx_notify, .kick_fd = -1};
+    world->tx_config = (struct nb_virtqueue_config){
+        .index = 1, .size = config->tx_size, .iova = TX_QUEUE_IOVA, .notify = &world->tx_notify, .kick_fd = -1};
+    CHECK_EQ(nb_virtqueue_layout(&world->rx_config, &world->rx_layout), 0);
+    CHECK_EQ(nb_virtqueue_layout(&world->tx_config, &world->tx_layout), 0);
     world->rx = share_memory((uint64_t)config->rx_count * STRIDE, READ, READ_WRITE, READ);
     world->tx = share_memory((uint64_t)config->tx_count * STRIDE, NOT_AT_ALL, READ, READ_WRITE);
     world->header = share_memory(HEADER, NOT_AT_ALL, READ, NOT_AT_ALL);
     world->rx_memory = share_memory(world->rx_layout.bytes, READ_WRITE, READ_WRITE, NOT_AT_ALL);
     world->tx_memory = share_memory(world->tx_layout.bytes, READ_WRITE, READ_WRITE, NOT_AT_ALL);
+    world->rx_config.memory = world->rx_memory.driver;
+    world->tx_config.memory = world->tx_memory.driver;
     for (int i = 0; i < 4; i++) {
         uint32_t slots = slots_for(i < TX_ACTIVE ? config->rx_count : config->tx_count);
         world->rings[i] = share_memory(sizeof(struct nb_ring_header) + slots * sizeof(struct nb_entry), READ_WRITE, NOT_AT_ALL,
@@ -177,6 +183,10 @@ static void open_fds(struct world *world)
         world->client_end_of_doorbell_fd = epoll_create1(EPOLL_CLOEXEC);
         CHECK_EQ(epoll_ctl(world->client_end_of_doorbell_fd, EPOLL_CTL_ADD, world->driver_doorbell_fd, &ring), 0);
     }
+    if (world->config.kicks) {
+        world->rx_config.kick_fd = new_eventfd();
+        world->tx_config.kick_fd = new_eventfd();
+    }
     world->control_fd = new_eventfd();
     world->client_control_fd = new_eventfd();
 }
@@ -187,6 +197,7 @@ static void close_fds(struct world *world)
                  world->intx_fd,            world->unmask_fd,
                  world->client_doorbell_fd, world->driver_doorbell_fd,
                  world->control_fd,         world->client_control_fd,
+                 world->rx_config.kick_fd,  world->tx_config.kick_fd,
                  world->config.doorbell_is_bare ? -1 : world->client_end_of_doorbell_fd};
     for (size_t i = 0; i < sizeof(fds) / sizeof(fds[0]); i++)
         if (fds[i] >= 0)
@@ -245,8 +256,8 @@ static struct nb_ledger *new_ledger(uint8_t *base, uint64_t iova, uint32_t count
 static void open_pump(struct world *world)
 {
     const struct world_config *config = &world->config;
-    world->rx_queue = nb_virtqueue_new(0, config->rx_size, world->rx_memory.driver, &world->rx_notify);
-    world->tx_queue = nb_virtqueue_new(1, config->tx_size, world->tx_memory.driver, &world->tx_notify);
+    world->rx_queue = nb_virtqueue_new(&world->rx_config);
+    world->tx_queue = nb_virtqueue_new(&world->tx_config);
     world->rx_ledger = new_ledger(world->rx.driver, RX_IOVA, config->rx_count, NB_REGION_RX);
     world->tx_ledger = new_ledger(world->tx.driver, TX_IOVA, config->tx_count, NB_REGION_TX);
     world->pump_config = (struct nb_pump_config){

@@ -31,6 +31,7 @@ struct world_config {
     uint32_t ring_position;   /* where the ring counts begin [0] */
     uint16_t queue_index;     /* where the virtqueues' indices begin [0] */
     bool intx;                /* [MSI-X] */
+    bool kicks;               /* notifications by eventfd */
     bool one_vector;          /* both queues on one vector */
     bool doorbell_is_bare;    /* the client has the driver's eventfd itself [an epoll instance around it] */
 };
@@ -46,6 +47,7 @@ struct shared {
 struct world {
     struct world_config config;
     struct nb_counters counters;
+    struct nb_virtqueue_config rx_config, tx_config;
     struct nb_virtqueue_layout rx_layout, tx_layout;
     struct shared rx, tx, header, rings[4], rx_memory, tx_memory;
     uint16_t rx_notify, tx_notify;

@@ -106,6 +106,7 @@ def test_a_new_one_takes_the_place_of_the_old_one_and_leaves_that_to_whoever_has
     assert [path.name for path in tmp_path.iterdir() if "code.img" in path.name] == ["code.img"]
 
 
+@pytest.mark.thorough
 def test_a_large_tree_fits(tmp_path: Path, project: Path, image: Image) -> None:
     for number in range(800):
         (project / f"data/{number:05}.txt").write_text("x" * (number % 7))

@@ -62,6 +62,7 @@ def build(package: Path, options: dict[str, str], out: Path) -> list[str]:
     return told
 
 
+@pytest.mark.thorough
 def test_a_kernel_is_built_and_nothing_else_is_left(
     tmp_path: Path, source: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -88,6 +89,7 @@ def test_an_option_that_cannot_be_had_is_named(tmp_path: Path, source: Callable[
     assert "CONFIG_PCI" not in str(failed.value)
 
 
+@pytest.mark.thorough
 def test_a_compiler_s_error_is_what_is_shown(tmp_path: Path, source: Callable[[str], Path]) -> None:
     with pytest.raises(ImageBuildFailed, match="compiling the kernel: it ended with 2 after") as failed:
         build(source("echo 'fork.c:1: error: no such thing'; false"), {}, tmp_path / "out")
@@ -100,6 +102,7 @@ def test_a_package_without_source_is_refused(tmp_path: Path) -> None:
         build(empty, {}, tmp_path / "out")
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=lambda number: number.name)
 def test_a_build_that_is_ended_leaves_no_entry_and_no_compiler(
     tmp_path: Path, source: Callable[[str], Path], number: signal.Signals

@@ -59,6 +59,7 @@ def test_trouble_is_kept(feed: Feed) -> None:
     assert [line.split(":")[0] for line in feed.console.trouble] == ["WARNING", "BUG", "Oops"]
 
 
+@pytest.mark.thorough
 def test_a_flood_is_taken_in_bounded_memory(feed: Feed) -> None:
     line = b"x" * 99 + b"\n"
     for _ in range(50):

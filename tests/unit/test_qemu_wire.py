@@ -108,6 +108,7 @@ def test_sending_waits_until_there_is_room(wire: Wire, guest: socket.socket) -> 
     assert wire.sent == 500
 
 
+@pytest.mark.thorough
 def test_a_guest_that_takes_nothing_is_told(wire: Wire) -> None:
     with pytest.raises(WireStalled, match=r"took no frame for 0\.2 s"):
         for frame in frames(2000):
@@ -115,6 +116,7 @@ def test_a_guest_that_takes_nothing_is_told(wire: Wire) -> None:
     assert wire.sent < 2000
 
 
+@pytest.mark.thorough
 def test_the_guest_never_waits_for_a_test_that_is_busy(wire: Wire, guest: socket.socket) -> None:
     sent = frames(5000)
     for frame in sent:

@@ -123,7 +123,7 @@ class _Session:
         config.rx_client_limit = geometry.rx_limit
         config.burst = BURST
         config.spin_ns = spin_us * 1000
-        config.rx_irq_fd, config.tx_irq_fd = interrupts.rx_fd, interrupts.tx_fd
+        config.rx_irq_fd, config.tx_irq_fd = net.rx.irq_fd, net.tx.irq_fd
         config.intx_fd, config.intx_unmask_fd = interrupts.intx_fd, interrupts.intx_unmask_fd
         config.isr_status = ffi.cast("volatile uint8_t *", net.isr_address)
         config.client_doorbell_fd = self.port.client_doorbell_fd

@@ -26,7 +26,7 @@ from netbridge.log import Log
 from netbridge.metrics import CounterPage
 from netbridge.virtio import features
 from netbridge.virtio.dma import VfioDma
-from netbridge.virtio.net import RX_VECTOR, InterruptMode, NetDevice
+from netbridge.virtio.net import InterruptMode, NetDevice
 from netbridge.virtio.pci import VirtioPci
 from netbridge.vnode import handover, sandbox
 from netbridge.vnode.capabilities import SHARE
@@ -142,12 +142,12 @@ def _watch_device(device: vfio.Device, stack: ExitStack) -> tuple[int | None, in
 def _measure_delivery(device: vfio.Device, net: NetDevice, counters: Any) -> None:
     """How long from an interrupt's trigger to its eventfd being read, with VFIO's loop-back trigger: the kernel's part
     and this process's, without the device."""
-    fd = net.interrupts.rx_fd
+    queue = net.rx
     histogram = ffi.addressof(counters.irq_latency_ns[lib.NB_LATENCY_DELIVERY])
     for _ in range(DELIVERY_SAMPLES):
         began = time.monotonic_ns()
-        device.irqs.trigger_msix(RX_VECTOR)
-        _await_eventfd(fd, device)
+        device.irqs.trigger_msix(queue.vector)
+        _await_eventfd(queue.irq_fd, device)
         lib.nb_histogram_add(histogram, time.monotonic_ns() - began)
 
 

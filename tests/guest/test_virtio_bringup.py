@@ -117,7 +117,7 @@ def test_the_interrupts_arrive(net: NetDevice, device: vfio.Device) -> None:
     net.configure()
     fds = net.interrupts
     if fds.mode is InterruptMode.MSIX:
-        for vector, fd in enumerate((fds.config_fd, fds.rx_fd, fds.tx_fd)):
+        for vector, fd in enumerate((fds.config_fd, net.rx.irq_fd, net.tx.irq_fd)):
             device.irqs.trigger_msix(vector)
             assert os.eventfd_read(fd) == 1
     else:

@@ -23,6 +23,7 @@ from netbridge.virtio.errors import (
     VectorRefused,
     WrongState,
 )
+from netbridge.virtio.interrupts import share_out
 from netbridge.virtio.net import InterruptMode, NetDevice
 from netbridge.virtio.pci import VirtioPci
 from netbridge.virtio.states import State
@@ -129,7 +130,7 @@ def test_the_same_over_registers(make: Make) -> None:
         assert net.state is State.CONFIGURED
         net.start()
         assert function.bus_master
-        assert function.irqs.msix == [net.interrupts.config_fd, net.interrupts.rx_fd, net.interrupts.tx_fd]
+        assert function.irqs.msix == [net.interrupts.config_fd, net.rx.irq_fd, net.tx.irq_fd]
         assert (model.config_vector, model.queues[0].vector, model.queues[1].vector) == (0, 1, 2)
         assert model.notified == [0]
         assert model.status == A | D | FOK | OK
@@ -192,7 +193,7 @@ def test_every_queue_of_the_core_is_freed(make: Make, monkeypatch: pytest.Monkey
             alive.remove(queue)
             lib.nb_virtqueue_free(queue)
 
-    monkeypatch.setattr("netbridge.virtio.net.lib", Counting)
+    monkeypatch.setattr("netbridge.virtio.queues.lib", Counting)
     bench = make()
     bench.net.configure()
     assert alive == [bench.net.rx.handle, bench.net.tx.handle]
@@ -231,13 +232,13 @@ def test_the_eventfds_stay_the_same_and_are_empty_after_a_reset(make: Make) -> N
     bench = make()
     bench.net.configure()
     before = bench.net.interrupts
-    os.eventfd_write(before.rx_fd, 3)
+    os.eventfd_write(before.queue_fds[0], 3)
     bench.net.reset()
     assert bench.transport.eventfds == ()
     bench.net.configure()
     assert bench.net.interrupts == before
     with pytest.raises(BlockingIOError):
-        os.eventfd_read(before.rx_fd)
+        os.eventfd_read(before.queue_fds[0])
 
 
 def test_intx_leaves_the_vectors_alone(make: Make) -> None:
@@ -245,9 +246,25 @@ def test_intx_leaves_the_vectors_alone(make: Make) -> None:
     bench.net.configure()
     fds = bench.net.interrupts
     assert bench.transport.intx == (fds.intx_fd, fds.intx_unmask_fd)
-    assert (fds.config_fd, fds.rx_fd, fds.tx_fd) == (-1, -1, -1)
+    assert (fds.config_fd, bench.net.rx.irq_fd, bench.net.tx.irq_fd) == (-1, -1, -1)
     assert bench.model.config_vector == NO_VECTOR
     assert {queue.vector for queue in bench.model.queues} == {NO_VECTOR}
+
+
+@pytest.mark.parametrize(
+    ("available", "vectors"),
+    [(5, [1, 2, 3, 4]), (4, [1, 2, 3, 4]), (3, [1, 1, 2, 2]), (2, [1, 1, 2, 2]), (1, [1, 1, 1, 1]), (0, [])],
+)
+def test_two_pairs_share_what_vectors_there_are(available: int, vectors: list[int]) -> None:
+    assert share_out(available, 4) == vectors
+
+
+def test_with_two_vectors_both_queues_ring_the_same_bell(make: Make) -> None:
+    bench = make(NetModel(vectors=2))
+    bench.net.configure()
+    assert bench.transport.eventfds == (bench.net.interrupts.config_fd, bench.net.rx.irq_fd)
+    assert bench.net.tx.irq_fd == bench.net.rx.irq_fd
+    assert [queue.vector for queue in bench.model.queues[:2]] == [1, 1]
 
 
 # ---- Facts
@@ -336,7 +353,7 @@ FAILURES = [
     pytest.param({"refuses_features": True}, FeaturesRefused, id="features-refused"),
     pytest.param({"generation_changes": -1}, ConfigUnstable, id="configuration-unstable"),
     pytest.param({"mac": bytes(6)}, Misbehaved, id="no-mac"),
-    pytest.param({"vectors": 2}, VectorRefused, id="too-few-vectors"),
+    pytest.param({"vectors": 1}, VectorRefused, id="too-few-vectors"),
     pytest.param({"refused_vectors": (0,)}, VectorRefused, id="config-vector"),
     pytest.param({"refused_vectors": (1,)}, VectorRefused, id="rx-vector"),
     pytest.param({"refused_vectors": (2,)}, VectorRefused, id="tx-vector"),

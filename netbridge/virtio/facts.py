@@ -1,0 +1,107 @@
+"""What a network device says of itself: struct virtio_net_config (virtio 1.3 §5.1.4), read and checked.
+
+Nothing of it is believed before it was checked, and nothing is read that no agreed feature vouches for. The outcome is
+plain data, `NetFacts`.
+"""
+
+from __future__ import annotations
+
+import os
+
+from netbridge.virtio import features
+from netbridge.virtio.errors import Misbehaved
+from netbridge.virtio.transport import ConfigField, Transport, read_consistently
+from vfio._record import NamedTuple
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from netbridge.virtio.features import Negotiation
+
+HEADER_BYTES = 12  # struct virtio_net_hdr with num_buffers, as VERSION_1 always has it (§5.1.6)
+ETHERNET_HEADER_BYTES = 14
+DEFAULT_MTU = 1500
+SMALLEST_MTU = 68  # §5.1.4.1
+LARGEST_PAIRS = 0x8000  # §5.1.4.1
+LINK_UP = 1  # VIRTIO_NET_S_LINK_UP
+
+MAC_FIELD = ConfigField("mac", 0, 1, 6)
+STATUS_FIELD = ConfigField("status", 6, 2)
+PAIRS_FIELD = ConfigField("max_virtqueue_pairs", 8, 2)
+MTU_FIELD = ConfigField("mtu", 10, 2)
+
+
+class NetFacts(NamedTuple):
+    """What the device says of itself, checked, as of `configure`."""
+
+    mac: bytes  # six bytes
+    mac_is_local: bool  # the device gave none, so this one was made up (locally administered)
+    mtu: int  # the device's, or 1500 where it names none
+    link_up: bool  # True where the device does not tell (§5.1.4.2)
+    max_queue_pairs: int
+    header_bytes: int  # of the virtio header in front of every frame, both ways
+    smallest_rx_buffer: int  # bytes, header included, that every receive buffer must have (§5.1.6.3.1)
+
+    @property
+    def mac_text(self) -> str:
+        return self.mac.hex(":")
+
+    @property
+    def largest_frame(self) -> int:
+        """Bytes of the longest untagged frame, Ethernet header included, that may be sent."""
+        return self.mtu + ETHERNET_HEADER_BYTES
+
+
+def read_facts(transport: Transport, agreed: Negotiation, local_mac: bytes) -> NetFacts:
+    """Reads the configuration as the agreed features allow. `local_mac` is for a device that has none of its own.
+
+    Raises Misbehaved for what no device may say, ConfigUnstable when it never holds still.
+    """
+    name = transport.name
+    fields = []
+    if agreed.has(features.MAC):
+        fields.append(MAC_FIELD)
+    if agreed.has(features.STATUS):
+        fields.append(STATUS_FIELD)
+    # For this one it is enough that it is offered: it is told, not used.
+    if agreed.was_offered(features.MQ) or agreed.was_offered(features.RSS):
+        fields.append(PAIRS_FIELD)
+    if agreed.has(features.MTU):
+        fields.append(MTU_FIELD)
+    values = read_consistently(transport, fields) if fields else {}
+
+    (link,) = values.get("status", (LINK_UP,))
+    (pairs,) = values.get("max_virtqueue_pairs", (1,))
+    (mtu,) = values.get("mtu", (DEFAULT_MTU,))
+    if not 1 <= pairs <= LARGEST_PAIRS:
+        raise Misbehaved(f"{name}: max_virtqueue_pairs is {pairs}, not from 1 to {LARGEST_PAIRS}")
+    if mtu < SMALLEST_MTU:
+        raise Misbehaved(f"{name}: its MTU is {mtu}, less than {SMALLEST_MTU}; turn off MTU to work without it")
+    mac = bytes(values["mac"]) if "mac" in values else local_mac
+    if mac[0] & 1 or not any(mac):
+        raise Misbehaved(
+            f"{name}: its MAC address {mac.hex(':')} belongs to no single station; turn off MAC to have one made up"
+        )
+    frame = max(mtu, DEFAULT_MTU) + ETHERNET_HEADER_BYTES
+    return NetFacts(
+        mac=mac,
+        mac_is_local="mac" not in values,
+        mtu=mtu,
+        link_up=bool(link & LINK_UP),
+        max_queue_pairs=pairs,
+        header_bytes=HEADER_BYTES,
+        smallest_rx_buffer=HEADER_BYTES if agreed.has(features.MRG_RXBUF) else HEADER_BYTES + frame,
+    )
+
+
+def read_link(transport: Transport, agreed: Negotiation) -> bool:
+    """Whether the link is up now; True where the device does not tell (§5.1.4.2). Raises ConfigUnstable."""
+    if not agreed.has(features.STATUS):
+        return True
+    (status,) = read_consistently(transport, [STATUS_FIELD])["status"]
+    return bool(status & LINK_UP)
+
+
+def made_up_mac() -> bytes:
+    """A random locally administered address of one station, for a device that has none (§5.1.4.2)."""
+    random = os.urandom(6)
+    return bytes([random[0] & 0xFC | 0x02]) + random[1:]

@@ -255,8 +255,7 @@ def _restore(options: argparse.Namespace) -> int:
 
     addresses = [vfio.PciAddress.parse(text) for text in options.address] or list(vfio.leftovers())
     for address in addresses:
-        vfio.restore(address)
-        print(f"{address}: given back to {vfio.PciFunction(address).driver or 'no driver, as before'}")
+        print(f"{address}: given back to {vfio.restore(address) or 'no driver, as before'}")
     if not addresses:
         print("nothing was left behind")
     return ExitCode.OK

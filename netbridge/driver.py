@@ -10,7 +10,6 @@ It lives, with its frame memory, in the few mebibytes of its manifest: hence wha
 from __future__ import annotations
 
 import os
-import resource  # noqa: F401 - what explains a failed mapping wants it, and then nothing can be imported any more
 import socket
 import time
 from contextlib import ExitStack

@@ -51,8 +51,12 @@ class Backend:
         """Open a device into this address space: (device fd, group fd or -1). The caller owns the device fd."""
         raise NotImplementedError
 
-    def detach(self, group_fd: int) -> bool:
-        """Say that a device of that group was closed; True when that emptied the address space."""
+    def empties(self, group_fd: int) -> bool:
+        """Whether the address space ends, with all its mappings, when one more device of that group is closed."""
+        raise NotImplementedError
+
+    def detach(self, group_fd: int) -> None:
+        """Say that a device of that group was closed."""
         raise NotImplementedError
 
     def group_fds(self) -> list[int]:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import errno
 import os
+import resource  # here and not where it is used: in a sandbox nothing can be imported once something is wrong
 
 from vfio import _sys
 from vfio.errors import (
     DeviceBusy,
     DeviceGone,
     DriverMissing,
+    GroupNotViable,
     NoIommu,
     NotPermitted,
+    Unsupported,
     VfioError,
 )
+from vfio.pci import PciAddress, PciFunction
 
 # Drivers that may stay bound to a member of a group without making it unviable (vfio_dev_driver_allowed in the kernel).
 HARMLESS_DRIVERS = ("pci-stub", "pcieport")
@@ -61,7 +65,8 @@ def no_iommu(device: object, sysfs_root: str = "/sys", proc_root: str = "/proc")
         vendor = _text(f"{proc_root}/cpuinfo") or ""
         words = (_text(f"{proc_root}/cmdline") or "").split()
         # The last one counts.
-        asked_for = [word for word in words if word.startswith("intel_iommu=")][-1:] == ["intel_iommu=on"]
+        options = [word.partition("=")[2].split(",") for word in words if word.startswith("intel_iommu=")]
+        asked_for = bool(options) and "on" in options[-1]
         cause = "the kernel uses no IOMMU"
         if "GenuineIntel" in vendor and not asked_for:
             fix = "turn VT-d on in the firmware and add intel_iommu=on to the kernel command line"
@@ -112,10 +117,61 @@ def open_node(path: str, device: object, sysfs_root: str = "/sys") -> int:
         raise VfioError(doing, device=device, errno=error.errno) from None
 
 
+def open_iommufd(dev_root: str, sysfs_root: str) -> int:
+    """Open /dev/iommu, or raise what is most likely wrong with it."""
+    path = f"{dev_root}/iommu"
+    if not os.path.exists(path):
+        raise Unsupported(
+            "this kernel has no iommufd",
+            cause=f"there is no {path}",
+            fix='use interface="group", or a kernel with CONFIG_IOMMUFD (modprobe iommufd)',
+        )
+    return open_node(path, None, sysfs_root)
+
+
+def not_viable(function: PciFunction, errno_: int | None = None) -> GroupNotViable:
+    """The error for a group that still has functions under kernel drivers: it names them."""
+    cause = ", ".join(f"{member} is bound to {driver}" for member, driver in kernel_owned(function))
+    fix = "bind every function of the group to vfio-pci (vfio.bind), or unbind it"
+    return GroupNotViable(
+        f"IOMMU group {function.iommu_group} is not viable",
+        device=function.address,
+        errno=errno_,
+        cause=cause or "a member is in use",
+        fix=fix,
+    )
+
+
+def kernel_owned(function: PciFunction) -> list[tuple[PciAddress, str]]:
+    """The members of a function's group that kernel drivers use, with the drivers' names."""
+    found = []
+    for member in function.group_members:
+        try:
+            driver = PciFunction(member, sysfs_root=function.sysfs_root).driver
+        except VfioError:
+            continue  # unplugged just now
+        if driver and not is_vfio_driver(driver) and driver not in HARMLESS_DRIVERS:
+            found.append((member, driver))
+    return found
+
+
+def iommu_refused(function: PciFunction, error: OSError, module: str) -> VfioError:
+    """The error for an IOMMU that cannot be set up for a device."""
+    doing = "cannot set up the IOMMU for it"
+    if error.errno == errno.EPERM:
+        return NotPermitted(
+            doing,
+            device=function.address,
+            errno=error.errno,
+            cause="this machine does not remap interrupts, so the device could forge any interrupt",
+            fix="turn interrupt remapping on (firmware; QEMU: intel-iommu,intremap=on and kernel-irqchip=split); "
+            f"only in a throw-away guest: the module parameter {module}.allow_unsafe_interrupts=1",
+        )
+    return VfioError(doing, device=function.address, errno=error.errno)
+
+
 def locked_memory() -> tuple[int | None, int | None, bool]:
     """(bytes this process has locked or pinned, its RLIMIT_MEMLOCK or None for unlimited, whether it is exempt)."""
-    import resource
-
     soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     limit = None if soft == resource.RLIM_INFINITY else soft
     used: int | None = None
@@ -126,6 +182,8 @@ def locked_memory() -> tuple[int | None, int | None, bool]:
             used = (used or 0) + int(value.split()[0]) * 1024
         elif key == "CapEff":
             exempt = bool(int(value, 16) >> 14 & 1)  # CAP_IPC_LOCK
+    # In a user namespace of its own (a rootless container) that capability does not count for the kernel.
+    exempt = exempt and (_text("/proc/self/uid_map") or "").split() == ["0", "0", "4294967295"]
     return used, limit, exempt
 
 

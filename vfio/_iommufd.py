@@ -11,7 +11,6 @@ import os
 from vfio import _abi, _diagnose, _sys
 from vfio._abi import ffi
 from vfio._backend import Backend, IommuInfo
-from vfio._type1 import iommu_refused, kernel_owned, not_viable
 from vfio.errors import DeviceBusy, Malformed, Unsupported, VfioError
 from vfio.iova import IovaRange
 from vfio.pci import PciFunction
@@ -21,9 +20,23 @@ _MOST_RANGES = 4096
 
 
 def available(function: PciFunction, dev_root: str) -> bool:
-    """Whether this kernel offers iommufd and a character device for the function."""
+    """Whether this kernel offers iommufd and a character device for the function, and this process may use both."""
     cdev = function.vfio_cdev
-    return cdev is not None and all(os.path.exists(f"{dev_root}/{node}") for node in ("iommu", f"vfio/devices/{cdev}"))
+    return cdev is not None and _usable(f"{dev_root}/iommu") and _usable(f"{dev_root}/vfio/devices/{cdev}")
+
+
+def offered(dev_root: str) -> bool:
+    """Whether this process may use iommufd and the character device of some function."""
+    directory = f"{dev_root}/vfio/devices"
+    try:
+        names = os.listdir(directory)
+    except OSError:
+        return False
+    return _usable(f"{dev_root}/iommu") and any(_usable(f"{directory}/{name}") for name in names)
+
+
+def _usable(node: str) -> bool:
+    return os.access(node, os.R_OK | os.W_OK, effective_ids=True)
 
 
 class Ioas(Backend):
@@ -34,19 +47,11 @@ class Ioas(Backend):
     def __init__(self, fd: int, ioas_id: int) -> None:
         self.fd = fd
         self.ioas_id = ioas_id
-        self._devices = 0
 
     @classmethod
     def open(cls, dev_root: str, sysfs_root: str) -> Ioas:
         """Open /dev/iommu and make an address space in it."""
-        path = f"{dev_root}/iommu"
-        if not os.path.exists(path):
-            raise Unsupported(
-                "this kernel has no iommufd",
-                cause=f"there is no {path}",
-                fix='use interface="group", or a kernel with CONFIG_IOMMUFD (modprobe iommufd)',
-            )
-        fd = _diagnose.open_node(path, None, sysfs_root)
+        fd = _diagnose.open_iommufd(dev_root, sysfs_root)
         try:
             request = _sys.struct("iommu_ioas_alloc")
             _sys.call(fd, _abi.IOMMU_IOAS_ALLOC, request)
@@ -81,11 +86,10 @@ class Ioas(Backend):
             try:
                 _sys.call(device, _abi.VFIO_DEVICE_ATTACH_IOMMUFD_PT, attach)
             except OSError as error:
-                raise iommu_refused(function, error, "iommufd") from None
+                raise _diagnose.iommu_refused(function, error, "iommufd") from None
         except BaseException:
             os.close(device)
             raise
-        self._devices += 1
         return device, -1
 
     def _bind(self, device: int, function: PciFunction, path: str) -> None:
@@ -101,8 +105,8 @@ class Ioas(Backend):
         """The kernel says EPERM or EBUSY when the group belongs to somebody else, the kernel's drivers included, and
         EPERM as well when interrupts are not remapped; EINVAL when this character device is bound already."""
         doing = "cannot bind it to the iommufd"
-        if error.errno in (errno.EPERM, errno.EBUSY) and kernel_owned(function):
-            return not_viable(function, error.errno)
+        if error.errno in (errno.EPERM, errno.EBUSY) and _diagnose.kernel_owned(function):
+            return _diagnose.not_viable(function, error.errno)
         if error.errno in (errno.EPERM, errno.EBUSY, errno.EINVAL):
             directory = os.path.dirname(path)
             nodes = [f"{os.path.dirname(directory)}/{function.iommu_group}"]
@@ -114,13 +118,14 @@ class Ioas(Backend):
                 fix = "stop that process first"
                 return DeviceBusy(doing, device=function.address, errno=error.errno, cause=held, fix=fix)
         if error.errno == errno.EPERM:
-            return iommu_refused(function, error, "iommufd")
+            return _diagnose.iommu_refused(function, error, "iommufd")
         return VfioError(doing, device=function.address, errno=error.errno)
 
-    def detach(self, group_fd: int) -> bool:  # noqa: ARG002
-        # Closing the device's file detached it; the address space and its mappings stay until /dev/iommu is closed.
-        self._devices -= 1
-        return False
+    def empties(self, group_fd: int) -> bool:  # noqa: ARG002
+        return False  # the address space and its mappings stay until /dev/iommu is closed
+
+    def detach(self, group_fd: int) -> None:
+        pass  # closing the device's file did it
 
     def group_fds(self) -> list[int]:
         return []  # with a character device the kernel knows the owner without them

@@ -13,9 +13,9 @@ import os
 from vfio import _abi, _diagnose, _sys
 from vfio._abi import ffi
 from vfio._backend import Backend, IommuInfo
-from vfio.errors import DeviceBusy, DeviceGone, GroupNotViable, NotPermitted, Unsupported, VfioError
+from vfio.errors import DeviceBusy, DeviceGone, NotPermitted, Unsupported, VfioError
 from vfio.iova import IovaRange
-from vfio.pci import PciAddress, PciFunction
+from vfio.pci import PciFunction
 
 # interface: (the IOMMU models to try in order, the node that plays the container)
 KINDS: dict[str, tuple[tuple[str, ...], str]] = {
@@ -54,7 +54,10 @@ class Type1(Backend):
     def open(cls, interface: str, dev_root: str, sysfs_root: str) -> Type1:
         """Open a container for `interface`, one of `KINDS`."""
         models, node = KINDS[interface]
-        fd = _diagnose.open_node(f"{dev_root}/{node}", None, sysfs_root)
+        if node == "iommu":
+            fd = _diagnose.open_iommufd(dev_root, sysfs_root)
+        else:
+            fd = _diagnose.open_node(f"{dev_root}/{node}", None, sysfs_root)
         try:
             version = _sys.ioctl(fd, _abi.VFIO_GET_API_VERSION)
             if version != _abi.VFIO_API_VERSION:
@@ -96,13 +99,15 @@ class Type1(Backend):
         group.devices += 1
         return device, group.fd
 
-    def detach(self, group_fd: int) -> bool:
+    def empties(self, group_fd: int) -> bool:
+        return [(group.fd, group.devices) for group in self._groups] == [(group_fd, 1)]
+
+    def detach(self, group_fd: int) -> None:
         for group in self._groups:
             if group.fd == group_fd:
                 group.devices -= 1
                 self._leave_if_empty(group)
-                return not self._groups
-        return False
+                return
 
     def group_fds(self) -> list[int]:
         return [group.fd for group in self._groups]
@@ -121,11 +126,13 @@ class Type1(Backend):
             status = _sys.struct("vfio_group_status")
             _sys.call(fd, _abi.VFIO_GROUP_GET_STATUS, status)
             if not status.flags & _abi.VFIO_GROUP_FLAGS_VIABLE:
-                raise not_viable(function)
+                raise _diagnose.not_viable(function)
             container = ffi.new("int32_t *", self.fd)
             _sys.ioctl(fd, _abi.VFIO_GROUP_SET_CONTAINER, ffi.buffer(container))
         except OSError as error:
             os.close(fd)
+            if error.errno == errno.EPERM:
+                raise self._group_refused(function, error) from None
             raise VfioError(
                 f"cannot put IOMMU group {number} into the container", device=function.address, errno=error.errno
             ) from None
@@ -135,6 +142,12 @@ class Type1(Backend):
         group = _Group(fd, number)
         self._groups.append(group)
         return group
+
+    def _group_refused(self, function: PciFunction, error: OSError) -> VfioError:
+        if self._model != "noiommu":
+            return _diagnose.iommu_refused(function, error, "vfio_iommu_type1")
+        doing = "cannot open it without an IOMMU"
+        return NotPermitted(doing, device=function.address, errno=error.errno, fix="that needs CAP_SYS_RAWIO")
 
     def _leave_if_empty(self, group: _Group) -> None:
         if group.devices == 0:
@@ -147,7 +160,7 @@ class Type1(Backend):
         try:
             _sys.ioctl(self.fd, _abi.VFIO_SET_IOMMU, _MODELS[self._model])
         except OSError as error:
-            raise iommu_refused(function, error, "vfio_iommu_type1") from None
+            raise _diagnose.iommu_refused(function, error, "vfio_iommu_type1") from None
         self._ready = True
 
     def info(self) -> IommuInfo:
@@ -194,44 +207,6 @@ class Type1(Backend):
         _sys.close_all([self.fd, *(group.fd for group in self._groups)])
         self._groups.clear()
         self.fd = -1
-
-
-def not_viable(function: PciFunction, errno_: int | None = None) -> GroupNotViable:
-    """The error for a group that still has functions under kernel drivers: it names them."""
-    cause = ", ".join(f"{member} is bound to {driver}" for member, driver in kernel_owned(function))
-    fix = "bind every function of the group to vfio-pci (vfio.bind), or unbind it"
-    return GroupNotViable(
-        f"IOMMU group {function.iommu_group} is not viable",
-        device=function.address,
-        errno=errno_,
-        cause=cause or "a member is in use",
-        fix=fix,
-    )
-
-
-def kernel_owned(function: PciFunction) -> list[tuple[PciAddress, str]]:
-    """The members of a function's group that kernel drivers use, with the drivers' names."""
-    found = []
-    for member in function.group_members:
-        driver = PciFunction(member, sysfs_root=function.sysfs_root).driver
-        if driver and not _diagnose.is_vfio_driver(driver) and driver not in _diagnose.HARMLESS_DRIVERS:
-            found.append((member, driver))
-    return found
-
-
-def iommu_refused(function: PciFunction, error: OSError, module: str) -> VfioError:
-    """The error for an IOMMU that cannot be set up for a device."""
-    doing = "cannot set up the IOMMU for it"
-    if error.errno == errno.EPERM:
-        return NotPermitted(
-            doing,
-            device=function.address,
-            errno=error.errno,
-            cause="this machine does not remap interrupts, so the device could forge any interrupt",
-            fix="turn interrupt remapping on (firmware; QEMU: intel-iommu,intremap=on and kernel-irqchip=split); "
-            f"only in a throw-away guest: the module parameter {module}.allow_unsafe_interrupts=1",
-        )
-    return VfioError(doing, device=function.address, errno=error.errno)
 
 
 def _device_refused(function: PciFunction, error: OSError) -> VfioError:

@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from types import TracebackType
 
 STATE_DIR = "/run/vfio-bind"
-_NAME_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-. ")
 
 
 class Binding:
-    """A function that `bind` lent to user space. As a context manager it gives the function back at the end.
+    """A function that `bind` lent to user space. As a context manager it gives the function back at the end, except in
+    a forked child that leaves the block: there it is the parent's.
 
     - `address`: the function
     - `driver`: the VFIO driver it is bound to
@@ -38,6 +38,7 @@ class Binding:
         self.previous = previous
         self._roots = roots
         self._done = previous == driver
+        self._pid = os.getpid()
 
     def restore(self) -> None:
         """Give the function back to the driver it had before. Doing it twice is harmless, and so is a function that
@@ -50,7 +51,8 @@ class Binding:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
-        self.restore()
+        if self._pid == os.getpid():
+            self.restore()
 
     def __repr__(self) -> str:
         return f"<Binding {self.address} {self.previous or 'no driver'} -> {self.driver}>"
@@ -111,22 +113,30 @@ def restore(
     """Put right what a crash left: give the function back to the driver it had, and gives that driver's name or None.
 
     What it had is read from the file that `bind` left; without one, the kernel picks the driver that matches the
-    device. A function that is not lent to user space is left alone. Raises `DeviceBusy` while somebody uses it.
+    device. A function that is not lent to user space is left alone; of one that was unplugged meanwhile the file is
+    removed. Raises `DeviceBusy` while somebody uses it, `DeviceNotFound` where neither function nor file is.
     """
     parsed = PciAddress.parse(address)
     roots = _Roots(sysfs_root, state_dir, dev_root)
-    PciFunction(parsed, sysfs_root=sysfs_root)
+    if not os.path.exists(roots.record(parsed)):
+        PciFunction(parsed, sysfs_root=sysfs_root)
     _restore(parsed, roots)
-    return PciFunction(parsed, sysfs_root=sysfs_root).driver
+    try:
+        return PciFunction(parsed, sysfs_root=sysfs_root).driver
+    except DeviceNotFound:
+        return None
 
 
 def leftovers(*, state_dir: str = STATE_DIR) -> tuple[PciAddress, ...]:
-    """Functions that some `bind` lent out and nobody gave back yet, in use or forgotten."""
+    """Functions that some `bind` lent out and nobody gave back yet, in use or forgotten. Needs root, as `bind` does:
+    raises `NotPermitted`."""
     found = []
     try:
         names = os.listdir(state_dir)
-    except OSError:
+    except FileNotFoundError:
         return ()
+    except OSError as error:
+        raise _no_notes(state_dir, error) from None
     for name in names:
         try:
             found.append(PciAddress.parse(name))
@@ -161,34 +171,52 @@ class _Lock:
         try:
             os.makedirs(self._path, mode=0o700, exist_ok=True)
             self._fd = os.open(self._path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        except PermissionError as error:
-            raise NotPermitted(
-                f"cannot keep notes in {self._path}", errno=error.errno, fix="binding drivers needs root"
-            ) from None
-        fcntl.flock(self._fd, fcntl.LOCK_EX)
+        except OSError as error:
+            raise _no_notes(self._path, error) from None
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX)
+        except BaseException:
+            os.close(self._fd)
+            raise
 
     def __exit__(self, *_: object) -> None:
         os.close(self._fd)
 
 
+def _no_notes(directory: str, error: OSError) -> VfioError:
+    doing = f"cannot keep notes in {directory}"
+    if isinstance(error, PermissionError):
+        return NotPermitted(doing, errno=error.errno, fix="binding drivers needs root")
+    return VfioError(
+        doing, errno=error.errno, fix="nothing is bound without them: it could not be undone after a crash"
+    )
+
+
 def _save(roots: _Roots, address: PciAddress, driver: str | None, override: str | None) -> None:
     path = roots.record(address)
-    fd = os.open(f"{path}.new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    text = f"driver={driver or ''}\noverride={override or ''}\n".encode()
     try:
-        os.write(fd, f"driver={driver or ''}\noverride={override or ''}\n".encode())
-    finally:
-        os.close(fd)
-    os.rename(f"{path}.new", path)
+        fd = os.open(f"{path}.new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        try:
+            if os.write(fd, text) != len(text):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        finally:
+            os.close(fd)
+        os.rename(f"{path}.new", path)
+    except OSError as error:
+        raise _no_notes(roots.state, error) from None
 
 
 def _load(roots: _Roots, address: PciAddress) -> tuple[str | None, str | None] | None:
     try:
         text = _sys.read_file(roots.record(address))
-    except OSError:
+    except FileNotFoundError:
         return None
+    except OSError as error:
+        raise _no_notes(roots.state, error) from None
     fields = dict(line.partition("=")[::2] for line in text.splitlines())
-    values = [fields.get(key, "") for key in ("driver", "override")]
-    if not all(_NAME_CHARACTERS.issuperset(value) for value in values):
+    values = [fields.get(key, "/") for key in ("driver", "override")]
+    if not all(value.isprintable() and "/" not in value for value in values):
         raise VfioError(
             f"{roots.record(address)} is not what bind writes", device=address, fix="remove the file and bind anew"
         )
@@ -223,8 +251,7 @@ def _switch(function: PciFunction, driver: str, roots: _Roots) -> None:
     if current == driver:
         return
     if current is not None:
-        _refuse_if_held(function, current, roots)
-        _write(f"{function.path}/driver/unbind", f"{address}\n", f"cannot unbind it from {current}", address)
+        _unbind(function, current, roots)
     # The kernel answers EINVAL or similar when the driver refuses; what counts is who is bound afterwards.
     refused: int | None = None
     try:
@@ -241,6 +268,21 @@ def _switch(function: PciFunction, driver: str, roots: _Roots) -> None:
         )
 
 
+def _unbind(function: PciFunction, driver: str, roots: _Roots) -> None:
+    _refuse_if_held(function, driver, roots)
+    try:
+        _write(
+            f"{roots.driver(driver)}/unbind",
+            f"{function.address}\n",
+            f"cannot unbind it from {driver}",
+            function.address,
+        )
+    except DeviceNotFound:
+        if function.driver == driver or not function.exists:
+            raise
+        # Somebody else did the same at the same time.
+
+
 def _give_back(function: PciFunction, driver: str | None, override: str | None, roots: _Roots) -> None:
     """Bring a function to a driver, or to none, and leave driver_override as it was."""
     address = function.address
@@ -251,7 +293,7 @@ def _give_back(function: PciFunction, driver: str | None, override: str | None, 
                 _refuse_if_held(function, current, roots)
                 # An override that no driver has keeps others away between the unbind and the end.
                 _write(f"{function.path}/driver_override", "none\n", "cannot set driver_override", address)
-                _write(f"{function.path}/driver/unbind", f"{address}\n", f"cannot unbind it from {current}", address)
+                _unbind(function, current, roots)
         else:
             if not os.path.isdir(roots.driver(driver)):
                 raise DriverMissing(
@@ -283,7 +325,7 @@ def _restore(address: PciAddress, roots: _Roots) -> None:
             # Nobody wrote down what was there: let the kernel choose by the device's ids.
             _refuse_if_held(function, current or "", roots)
             _write(f"{function.path}/driver_override", "\n", "cannot clear driver_override", address)
-            _write(f"{function.path}/driver/unbind", f"{address}\n", f"cannot unbind it from {current}", address)
+            _unbind(function, current or "", roots)
             _probe_any(function, roots)
         elif _overridden(function):
             _write(f"{function.path}/driver_override", "\n", "cannot clear driver_override", address)

@@ -126,7 +126,7 @@ class ConfigSpace:
 
     def capabilities(self) -> tuple[Capability, ...]:
         """The standard capabilities, in the order of their list. A list that leaves configuration space or runs in a
-        circle raises `Malformed`."""
+        circle raises `Malformed`, a device that answers with nothing but ones `DeviceGone`."""
         if not self.read16(_abi.PCI_STATUS) & _abi.PCI_STATUS_CAP_LIST:
             return ()
         found: list[Capability] = []
@@ -140,6 +140,12 @@ class ConfigSpace:
                 )
             seen.add(offset)
             header = self.read16(offset)
+            if header == 0xFFFF:
+                raise DeviceGone(
+                    f"configuration space at {offset:#x} reads as all ones",
+                    device=self._device,
+                    cause="it was unplugged, or is off or broken",
+                )
             kind = header & 0xFF
             length = self.read8(offset + 2) if kind == _abi.PCI_CAP_ID_VNDR else 0
             found.append(Capability(kind, offset, length))
@@ -171,8 +177,12 @@ class ConfigSpace:
         return tuple(found)
 
     def find(self, kind: int) -> Capability | None:
-        """The first standard capability with that id, or None."""
+        """The first standard capability with that id (PCI_CAP_ID_… in <linux/pci_regs.h>), or None."""
         return next((c for c in self.capabilities() if c.id == kind), None)
+
+    def find_extended(self, kind: int) -> ExtendedCapability | None:
+        """The first extended capability with that id (PCI_EXT_CAP_ID_… in <linux/pci_regs.h>), or None."""
+        return next((c for c in self.extended_capabilities() if c.id == kind), None)
 
     def _read(self, offset: int, width: int) -> int:
         self._check(offset, width, width)

@@ -12,9 +12,15 @@ from vfio._record import NamedTuple
 from vfio.config import ConfigSpace
 from vfio.errors import DeviceGone, Malformed, NotBound, NotPermitted, Unsupported, VfioError
 from vfio.iommu import INTERFACES, Iommu, open_for
-from vfio.irqs import Irqs
+from vfio.irqs import Irqs, file_number
 from vfio.pci import PciAddress, PciFunction
 from vfio.region import Area, Bar, RegionInfo, query_region
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from vfio.irqs import HasFileno
 
 _MOST_DEPENDENTS = 65536
 _CONFIG = _abi.VFIO_PCI_CONFIG_REGION_INDEX
@@ -47,7 +53,8 @@ class Device:
     - `num_regions`, `num_irqs`: how many region and interrupt indices the kernel knows
     - `can_reset`: whether `reset` has a way to reset it
 
-    Errors of every method: `DeviceGone` when it was unplugged, `VfioError` otherwise.
+    Errors of every method: `DeviceGone` when it was unplugged, `VfioError` otherwise. A forked child shares the device:
+    closing it there closes the child's files, and neither stops the parent's DMA nor unmaps its memory.
     """
 
     def __init__(
@@ -55,6 +62,7 @@ class Device:
     ) -> None:
         # Takes ownership of fd (and of iommu, if so told) only when it succeeds: until then it has no fd to close.
         self.fd = -1
+        self._pid = os.getpid()
         self.address = address
         self.iommu = iommu
         self.interface = iommu.interface
@@ -81,17 +89,17 @@ class Device:
     def from_fds(cls, address: PciAddress | str, fds: DeviceFds) -> Device:
         """A device that another process opened and sent the files of (`Device.fds`, over SCM_RIGHTS). Takes ownership
         of them all, even when it fails. Touches neither sysfs nor /dev, so it works in a sandbox."""
+        iommu: Iommu | None = None
         try:
             parsed = PciAddress.parse(address)
             iommu = Iommu.from_fds(fds)
-        except BaseException:
-            _sys.close_all([fd for fd in (fds.group, fds.iommu, fds.device) if fd >= 0])
-            raise
-        try:
             return cls(parsed, fds.device, iommu, fds.group, owns_iommu=True, adopted=True)
         except BaseException:
             _sys.close_all([fd for fd in (fds.group, fds.device) if fd >= 0])
-            iommu.close()
+            if iommu is not None:
+                iommu.close()
+            elif fds.iommu >= 0:
+                os.close(fds.iommu)
             raise
 
     @property
@@ -99,6 +107,7 @@ class Device:
         """The files behind it, for sending them to another process. They stay this object's; the receiver's are
         copies, and the device stays open until both are closed."""
         self._open()
+        self.iommu._check_open()
         backend = self.iommu._backend
         return DeviceFds(self.interface, self.fd, backend.fd, self._group_fd, backend.ioas_id)
 
@@ -205,7 +214,9 @@ class Device:
             raise Unsupported(f"it did not go to power state D{state} but is in D{now}", device=self.address)
 
     def feature_supported(self, feature: int) -> bool:
-        """Whether the kernel has a VFIO_DEVICE_FEATURE for this device, by number."""
+        """Whether the kernel has a VFIO_DEVICE_FEATURE for this device, by its number in <linux/vfio.h>."""
+        if not 0 <= feature <= 0xFFFF:
+            return False
         request = _sys.struct("vfio_device_feature")
         request.flags = feature | _abi.VFIO_DEVICE_FEATURE_PROBE
         try:
@@ -216,18 +227,26 @@ class Device:
             raise self._failed(f"cannot ask about feature {feature}", error) from None
         return True
 
-    def enter_low_power(self) -> None:
+    def enter_low_power(self, wakeup: int | HasFileno | None = None) -> None:
         """Allow the kernel to power the device down as far as the platform can (runtime power management; kernel 6.1).
-        Mapped registers must not be touched until `exit_low_power`. Raises `Unsupported`."""
-        self._feature_set(_abi.VFIO_DEVICE_FEATURE_LOW_POWER_ENTRY, "cannot enter low power")
+        Mapped registers must not be touched until `exit_low_power`. `wakeup`: an eventfd to signal when the device was
+        woken, by itself or by somebody's access, and stays on; it is the caller's. Raises `Unsupported`."""
+        if wakeup is None:
+            self._feature_set(_abi.VFIO_DEVICE_FEATURE_LOW_POWER_ENTRY, "cannot enter low power")
+            return
+        entry: Any = _abi.ffi.new("struct vfio_device_low_power_entry_with_wakeup *")
+        entry.wakeup_eventfd = file_number(wakeup)
+        data = bytes(_abi.ffi.buffer(entry))
+        self._feature_set(_abi.VFIO_DEVICE_FEATURE_LOW_POWER_ENTRY_WITH_WAKEUP, "cannot enter low power", data)
 
     def exit_low_power(self) -> None:
         """Forbid it again, and wake the device."""
         self._feature_set(_abi.VFIO_DEVICE_FEATURE_LOW_POWER_EXIT, "cannot leave low power")
 
-    def _feature_set(self, feature: int, doing: str) -> None:
-        request = _sys.struct("vfio_device_feature")
+    def _feature_set(self, feature: int, doing: str, data: bytes = b"") -> None:
+        request = _sys.struct("vfio_device_feature", data=len(data))
         request.flags = feature | _abi.VFIO_DEVICE_FEATURE_SET
+        _abi.ffi.memmove(request.data, data, len(data))
         try:
             _sys.call(self._open(), _abi.VFIO_DEVICE_FEATURE, request)
         except OSError as error:
@@ -287,7 +306,7 @@ class Device:
         Raises `NotPermitted`, which names those that are not."""
         dependents = self.hot_reset_dependents()
         groups = self.iommu._backend.group_fds()
-        if not groups and self._group_fd >= 0:
+        if self._adopted and self._group_fd >= 0:
             groups = [self._group_fd]
         request = _sys.struct("vfio_pci_hot_reset", group_fds=len(groups))
         request.count = len(groups)
@@ -329,7 +348,8 @@ class Device:
             return
         try:
             # Before anything is unmapped: a device that is still busy must not run into IOMMU faults.
-            self.set_bus_master(False)
+            if self._pid == os.getpid():
+                self.set_bus_master(False)
         except VfioError:
             pass  # it is gone; there is nothing to stop
         finally:
@@ -339,12 +359,12 @@ class Device:
             self._bars.clear()
             self.config._fd = self.irqs._fd = -1
             os.close(fd)
-            if not self._adopted:
-                self.iommu._detach(self._group_fd)
-            elif self._group_fd >= 0:
+            if self._adopted and self._group_fd >= 0:
                 os.close(self._group_fd)
             if self._owns_iommu:
                 self.iommu.close()
+            elif not self._adopted:
+                self.iommu._detach(self._group_fd)
 
     def __del__(self) -> None:
         self.close()
@@ -382,7 +402,8 @@ def open_device(
     `interface`: "auto" takes iommufd where kernel and permissions offer it, else "group"; "group" is a container with
     type1v2 (or type1); "iommufd" a character device; "type1", "type1v2", "iommufd-compat-type1" and
     "iommufd-compat-type1v2" name one exactly. "noiommu" opens a device that no IOMMU guards: only by this name.
-    `iommu`: put it into this address space, along with other devices; it stays the caller's to close.
+    `iommu`: put it into this address space, along with other devices; it stays the caller's to close, and `interface`
+    is that of the address space.
 
     Raises `DeviceNotFound`, `NotBound`, `NoIommu`, `GroupNotViable`, `DeviceBusy`, `NotPermitted`, `DriverMissing`,
     `Unsupported`, or another `VfioError`; nothing stays open then.
@@ -390,6 +411,12 @@ def open_device(
     function = PciFunction(address, sysfs_root=sysfs_root)
     if interface not in INTERFACES:
         raise Unsupported(f"there is no interface {interface!r}", fix=f"give one of {', '.join(INTERFACES)}")
+    if iommu is not None and interface not in ("auto", iommu.interface):
+        raise Unsupported(
+            f"it cannot be opened as {interface!r} into an address space that is {iommu.interface!r}",
+            device=function.address,
+            fix="leave the interface out where an iommu is given",
+        )
     if sys.byteorder != "little":
         raise Unsupported("register access is written for little-endian machines")
     driver = function.driver

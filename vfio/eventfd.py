@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import select
+import time
+
+from vfio.errors import VfioError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -16,10 +19,17 @@ class EventFd:
     Owns its file descriptor: `close()` it, or use it as a context manager. An interrupt that was handed this eventfd
     keeps working on the kernel's own reference until it is disabled, even when this object is closed.
     Pass it wherever the interrupt calls of `vfio.Device.irqs` want a file descriptor, or its `fileno()`.
+    As with files, using a closed one is a ValueError.
     """
 
     def __init__(self, initial: int = 0) -> None:
-        self._fd = os.eventfd(initial, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._fd = -1
+        self._waiter: asyncio.Future[None] | None = None
+        try:
+            self._fd = os.eventfd(initial, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        except OSError as error:
+            fix = "close file descriptors, or raise the limit (ulimit -n)"
+            raise VfioError("cannot make an eventfd", errno=error.errno, fix=fix) from None
 
     def fileno(self) -> int:
         """The file descriptor, still owned by this object. ValueError once closed."""
@@ -42,26 +52,38 @@ class EventFd:
         """Wait until the count is not zero, and take it. `timeout` in seconds, None for no limit; 0 if it runs out."""
         poller = select.poll()
         poller.register(self.fileno(), select.POLLIN)
-        if not poller.poll(None if timeout is None else max(0, timeout) * 1000):
-            return 0
-        return self.drain()
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while poller.poll(None if deadline is None else max(0, deadline - time.monotonic()) * 1000):
+            if count := self.drain():
+                return count
+            # Somebody else who waits for it was faster.
+        return 0
 
     async def wait_async(self) -> int:
-        """Wait within the running asyncio loop until the count is not zero, and take it."""
+        """Wait within the running asyncio loop until the count is not zero, and take it. One task at a time: a second
+        one is refused with `VfioError`. ValueError when it is closed meanwhile."""
         import asyncio
 
         loop = asyncio.get_running_loop()
         while not (count := self.drain()):
-            ready = loop.create_future()
-            loop.add_reader(self._fd, _resolve, ready)
+            if self._waiter is not None:
+                raise VfioError(f"another task waits for {self!r}", fix="give each task an eventfd of its own")
+            self._waiter = loop.create_future()
+            loop.add_reader(self._fd, _resolve, self._waiter)
             try:
-                await ready
+                await self._waiter
             finally:
-                loop.remove_reader(self._fd)
+                self._waiter = None
+                if self._fd >= 0:
+                    loop.remove_reader(self._fd)
         return count
 
     def close(self) -> None:
-        """Close the file descriptor. Doing it twice is harmless."""
+        """Close the file descriptor. Doing it twice is harmless. A task that waits for it gets a ValueError."""
+        if self._waiter is not None:
+            # While the number is still this file's: the loop would go on to watch whatever gets it next.
+            self._waiter.get_loop().remove_reader(self._fd)
+            _resolve(self._waiter)  # and its next look finds it closed
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
@@ -73,9 +95,7 @@ class EventFd:
         self.close()
 
     def __del__(self) -> None:
-        # An object whose __init__ failed has no _fd.
-        if getattr(self, "_fd", -1) >= 0:
-            self.close()
+        self.close()
 
     def __repr__(self) -> str:
         return f"<EventFd {self._fd if self._fd >= 0 else 'closed'}>"

@@ -1,6 +1,9 @@
 """The I/O address space of one or more devices: what of this process's memory they can reach, and at which addresses.
 
 Mappings are kept account of here, so that whatever the kernel calls a bare EINVAL can be said in words.
+
+A fork shares the open files, and so the address space, between two processes. What one of them made, the other one's
+closing does not undo: hence the process ids here.
 """
 
 from __future__ import annotations
@@ -8,9 +11,9 @@ from __future__ import annotations
 import errno
 import os
 
-from vfio import _diagnose
+from vfio import _diagnose, _iommufd
 from vfio._backend import Backend, DeviceFds, IommuInfo
-from vfio._iommufd import Ioas, available
+from vfio._iommufd import Ioas
 from vfio._type1 import KINDS, Type1
 from vfio.errors import IovaError, LockedMemoryLimit, Malformed, MappingLimit, Unsupported, VfioError
 from vfio.iova import IovaAllocator, IovaRange
@@ -18,6 +21,8 @@ from vfio.memory import HUGE_1G, HUGE_2M, Memory
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from vfio.pci import PciFunction
 
 INTERFACES = ("auto", "iommufd", *KINDS)
@@ -31,7 +36,8 @@ class DmaMapping:
     - `address`: where the memory is in this process
     - `readable`, `writable`: what the device may do
 
-    It keeps the `Memory` object it was made from alive, but does not own it.
+    It keeps the `Memory` object it was made from alive, but does not own it. The `Iommu` keeps it in turn: memory that
+    a device may be writing to is not unmapped because a variable went out of scope.
     """
 
     def __init__(
@@ -39,6 +45,7 @@ class DmaMapping:
     ) -> None:
         self._iommu: Iommu | None = iommu
         self._memory = memory
+        self._pid = os.getpid()
         self.address = address
         self.iova = iova
         self.size = size
@@ -52,8 +59,8 @@ class DmaMapping:
 
     def close(self) -> None:
         """Unmap it. The device must not use it any more: an access from now on is an IOMMU fault. Doing it twice is
-        harmless."""
-        if self._iommu is not None:
+        harmless. A forked child does not unmap what its parent mapped."""
+        if self._iommu is not None and self._pid == os.getpid():
             self._iommu.unmap_range(self.iova, self.size)
 
     def _closed(self) -> None:
@@ -80,33 +87,34 @@ class Iommu:
 
     def __init__(self, backend: Backend) -> None:
         self._closed = False
+        self._pid = os.getpid()
         self._backend = backend
         self._allocator: IovaAllocator | None = None
+        self._ranges_changed = False  # a device came or went since they were asked for
         self._mappings: dict[int, DmaMapping] = {}
         self.interface = backend.interface
 
     @classmethod
-    def open(cls, interface: str = "group", *, dev_root: str = "/dev", sysfs_root: str = "/sys") -> Iommu:
-        """Make an empty address space. `interface`: "group" (type1v2, or type1 on an old kernel), "iommufd", or one
-        by its full name. Raises `Unsupported`, `NotPermitted`, `DriverMissing`."""
+    def open(cls, interface: str = "auto", *, dev_root: str = "/dev", sysfs_root: str = "/sys") -> Iommu:
+        """Make an empty address space. `interface` as for `open_device`; bind the devices first, because "auto" takes
+        iommufd when there are character devices of VFIO's that may be used. Raises `Unsupported`, `NotPermitted`,
+        `DriverMissing`."""
+        if interface == "auto":
+            interface = "iommufd" if _iommufd.offered(dev_root) else "group"
         if interface == "iommufd":
             return cls(Ioas.open(dev_root, sysfs_root))
         if interface in KINDS:
             return cls(Type1.open(interface, dev_root, sysfs_root))
-        raise Unsupported(f"there is no interface {interface!r}", fix=f"give one of {', '.join(INTERFACES[1:])}")
+        raise Unsupported(f"there is no interface {interface!r}", fix=f"give one of {', '.join(INTERFACES)}")
 
     @classmethod
     def from_fds(cls, fds: DeviceFds) -> Iommu:
-        """An address space that another process opened. Takes ownership of `fds.iommu`."""
+        """An address space that another process opened. Takes ownership of `fds.iommu`, unless it fails."""
         if fds.interface == "iommufd":
-            iommu = cls(Ioas.adopt(fds.iommu, fds.ioas_id))
-        elif fds.interface in KINDS:
-            iommu = cls(Type1.adopt(fds.iommu, fds.interface))
-        else:
-            raise Unsupported(
-                f"there is no interface {fds.interface!r}", fix=f"give one of {', '.join(INTERFACES[1:])}"
-            )
-        return iommu
+            return cls(Ioas.adopt(fds.iommu, fds.ioas_id))
+        if fds.interface in KINDS:
+            return cls(Type1.adopt(fds.iommu, fds.interface))
+        raise Unsupported(f"there is no interface {fds.interface!r}", fix=f"give one of {', '.join(INTERFACES[1:])}")
 
     # What the kernel allows
 
@@ -191,11 +199,14 @@ class Iommu:
         below: int | None,
         page_size: int,
     ) -> DmaMapping:
+        self._check_open()
         if self.interface == "noiommu":
             raise Unsupported(
                 "without an IOMMU nothing can be mapped",
                 cause="the device uses physical addresses, from which nothing protects the machine",
             )
+        if address < 0 or size <= 0 or address + size > 1 << 64:
+            raise IovaError(f"there is no memory of {size:#x} bytes at {address:#x}")
         account = self._account()
         if address % account.granule:
             raise IovaError(f"memory at {address:#x} does not start on a page of {account.granule:#x} bytes")
@@ -205,16 +216,22 @@ class Iommu:
             iova = self._choose(account, size, align, below, page_size)
         else:
             account.reserve(iova, size)
+        mapping = DmaMapping(self, memory, address, iova, size, read, write)
         try:
             self._backend.map(address, iova, size, read, write)
+            self._mappings[iova] = mapping
         except OSError as error:
             account.release(iova, size)
             raise self._map_failed(error, iova, size) from None
         except BaseException:
+            # A signal's, most likely. The kernel may or may not have done it.
+            try:
+                self._backend.unmap(iova, size)
+            except OSError:
+                pass
+            self._mappings.pop(iova, None)
             account.release(iova, size)
             raise
-        mapping = DmaMapping(self, memory, address, iova, size, read, write)
-        self._mappings[iova] = mapping
         return mapping
 
     @staticmethod
@@ -234,15 +251,15 @@ class Iommu:
         Raises `IovaError` for a range that would cut a mapping in two."""
         if iova < 0 or size <= 0 or iova + size > 1 << 64:
             raise IovaError(f"there are no {size:#x} bytes at IOVA {iova:#x}")
-        inside = []
-        for mapping in self.mappings:
-            if mapping.iova < iova + size and iova < mapping.iova + mapping.size:
-                if mapping.iova < iova or iova + size < mapping.iova + mapping.size:
-                    raise IovaError(
-                        f"unmapping {iova:#x}-{iova + size - 1:#x} would cut {mapping!r} in two",
-                        fix="unmap whole mappings",
-                    )
-                inside.append(mapping)
+        if self._allocator is None:  # nothing was ever mapped
+            return 0
+        inside = [self._mappings[start] for start, _ in self._allocator.taken(iova, size)]
+        for mapping in inside:
+            if mapping.iova < iova or iova + size < mapping.iova + mapping.size:
+                raise IovaError(
+                    f"unmapping {iova:#x}-{iova + size - 1:#x} would cut {mapping!r} in two",
+                    fix="unmap whole mappings",
+                )
         if not inside:
             return 0
         expected = sum(mapping.size for mapping in inside)
@@ -268,15 +285,17 @@ class Iommu:
         self._forget(self.mappings)
         return freed
 
-    def _forget(self, mappings: tuple[DmaMapping, ...] | list[DmaMapping]) -> None:
+    def _forget(self, mappings: Iterable[DmaMapping]) -> None:
         for mapping in mappings:
             del self._mappings[mapping.iova]
-            self._account().release(mapping.iova, mapping.size)
+            if self._allocator is not None:
+                self._allocator.release(mapping.iova, mapping.size)
             mapping._closed()
 
     def _map_failed(self, error: OSError, iova: int, size: int) -> VfioError:
         doing = f"cannot map {size:#x} bytes for DMA at IOVA {iova:#x}"
         code = error.errno
+        ranges = self._allocator.ranges if self._allocator is not None else ()
         if code == errno.ENOSPC:
             return MappingLimit(
                 doing,
@@ -302,13 +321,12 @@ class Iommu:
             )
         if code == errno.EEXIST:
             return IovaError(doing, errno=code, cause="another process sharing this IOMMU has something there")
-        return VfioError(doing, errno=code, cause="the kernel's ranges: " + ", ".join(map(str, self.iova_ranges)))
+        return VfioError(doing, errno=code, cause="the kernel's ranges: " + ", ".join(map(str, ranges)))
 
     # Devices coming and going; called by Device
 
     def _attach(self, function: PciFunction, dev_root: str) -> tuple[int, int]:
-        if self._closed:
-            raise VfioError("the I/O address space is closed", device=function.address)
+        self._check_open()
         unguarded = function.noiommu
         if unguarded != (self.interface == "noiommu"):
             raise Unsupported(
@@ -319,26 +337,40 @@ class Iommu:
                 if unguarded
                 else 'interface="noiommu" is for those that do not',
             )
-        fd, group_fd = self._backend.attach(function, dev_root)
-        try:
-            if self._allocator is not None:
-                self._allocator.set_ranges(self._info().ranges)
-        except BaseException:
-            os.close(fd)
-            self._detach(group_fd)
-            raise
-        return fd, group_fd
+        self._ranges_changed = True
+        return self._backend.attach(function, dev_root)
 
     def _detach(self, group_fd: int) -> None:
         if self._closed:
             return
-        if self._backend.detach(group_fd):
-            self._forget(self.mappings)
-            self._allocator = None
+        self._ranges_changed = True
+        try:
+            if self._backend.empties(group_fd):
+                self._unmap_own()
+                self._allocator = None
+        finally:
+            self._backend.detach(group_fd)
 
-    def _info(self) -> IommuInfo:
+    def _unmap_own(self) -> None:
+        """Unmap what this process mapped, and forget the rest. Other processes may hold the same files, so that closing
+        ours might unmap nothing."""
+        try:
+            if self._pid == os.getpid():
+                self.unmap_all()
+            else:
+                for mapping in self.mappings:
+                    mapping.close()
+        except VfioError:
+            pass  # the device is gone, and its mappings with it
+        finally:
+            self._forget(self.mappings)
+
+    def _check_open(self) -> None:
         if self._closed:
             raise VfioError("the I/O address space is closed")
+
+    def _info(self) -> IommuInfo:
+        self._check_open()
         try:
             return self._backend.info()
         except OSError as error:
@@ -352,21 +384,21 @@ class Iommu:
         if self._allocator is None:
             info = self._info()
             self._allocator = IovaAllocator(info.ranges, min(info.page_sizes))
+        elif self._ranges_changed:
+            self._allocator.set_ranges(self._info().ranges)
+        self._ranges_changed = False
         return self._allocator
 
     def close(self) -> None:
-        """Unmap everything and close the files. Devices in it should be closed first. Doing it twice is harmless."""
+        """Unmap everything and close the files. Devices in it should be closed first. Doing it twice is harmless.
+        In a forked child it unmaps only what the child mapped."""
         if self._closed:
             return
         try:
-            self.unmap_all()  # other processes may hold the same files, so closing alone might unmap nothing
-        except VfioError:
-            pass  # the device is gone, and its mappings with it
+            self._unmap_own()
         finally:
             self._closed = True
-            for mapping in self.mappings:
-                mapping._closed()
-            self._mappings.clear()
+            self._allocator = None
             self._backend.close()
 
     def __del__(self) -> None:
@@ -385,8 +417,7 @@ class Iommu:
 def open_for(function: PciFunction, interface: str, dev_root: str) -> Iommu:
     """A new address space for a function; "auto" takes iommufd where kernel and permissions offer it."""
     if interface == "auto":
-        usable = available(function, dev_root) and os.access(f"{dev_root}/iommu", os.R_OK | os.W_OK)
-        interface = "iommufd" if usable else "group"
+        interface = "iommufd" if _iommufd.available(function, dev_root) else "group"
     return Iommu.open(interface, dev_root=dev_root, sysfs_root=function.sysfs_root)
 
 

@@ -39,34 +39,45 @@ class IovaAllocator:
 
     def __init__(self, ranges: Iterable[IovaRange], granule: int) -> None:
         self.granule = granule
-        self._taken: list[tuple[int, int]] = []  # (start, end past it), sorted, never overlapping
+        # Both are lists of (start, end past it), sorted, never overlapping. With free space kept as well, tens of
+        # thousands of mappings side by side cost the next one nothing.
+        self._taken: list[tuple[int, int]] = []
+        self._free: list[tuple[int, int]] = []
         self.ranges: tuple[IovaRange, ...] = ()
         self.set_ranges(ranges)
 
     def set_ranges(self, ranges: Iterable[IovaRange]) -> None:
         """Take over new ranges, which change when a device joins or leaves the address space."""
         self.ranges = tuple(sorted(ranges))
+        self._free = []
+        for found in self.ranges:
+            start = found.start
+            for taken, end in self.taken(found.start, found.size):
+                if start < taken:
+                    self._free.append((start, taken))
+                start = end
+            if start <= found.last:
+                self._free.append((start, found.last + 1))
+
+    def taken(self, iova: int, size: int) -> list[tuple[int, int]]:
+        """The pieces that are taken, wholly or in part, of `size` bytes from `iova`: (start, end past it), in order."""
+        first = bisect_left(self._taken, (iova, 0))
+        if first and self._taken[first - 1][1] > iova:
+            first -= 1
+        return self._taken[first : bisect_left(self._taken, (iova + size, 0))]
 
     def allocate(self, size: int, align: int | None = None, below: int | None = None) -> int:
         """Take `size` bytes at an address that is a multiple of `align` (a power of two, the granule by default), all
         of them below `below` if that is given (1 << 32 for a device with 32-bit addressing). Raises `IovaError`."""
-        align = max(align or 0, self.granule)
-        if align & (align - 1):
+        if align is not None and (align < 1 or align & (align - 1)):
             raise IovaError(f"an alignment must be a power of two, not {align:#x}")
+        align = max(align or 0, self.granule)
         self._check_size(size)
-        for found in self.ranges:
-            last = found.last if below is None else min(found.last, below - 1)
-            start = _round_up(max(found.start, self.granule), align)
-            while start + size - 1 <= last:
-                # The first taken piece that ends behind `start` is the only one that can be in the way first.
-                i = bisect_right(self._taken, (start, _SPACE))
-                if i and self._taken[i - 1][1] > start:
-                    start = _round_up(self._taken[i - 1][1], align)
-                elif i < len(self._taken) and self._taken[i][0] < start + size:
-                    start = _round_up(self._taken[i][1], align)
-                else:
-                    insort(self._taken, (start, start + size))
-                    return start
+        for i, (free, end) in enumerate(self._free):
+            start = _round_up(max(free, self.granule), align)
+            if start + size <= (end if below is None else min(end, below)):
+                self._take(i, start, size)
+                return start
         limit = "" if below is None else f" below {below:#x}"
         raise IovaError(
             f"no {size:#x} free bytes aligned to {align:#x}{limit} are left",
@@ -87,18 +98,42 @@ class IovaAllocator:
                 cause=f"which is {self._describe()}",
                 fix="leave iova out to have one chosen",
             )
-        i = bisect_left(self._taken, (iova, 0))
-        for other in self._taken[max(0, i - 1) : i + 1]:
-            if other[0] < iova + size and iova < other[1]:
-                raise IovaError(
-                    f"IOVA {iova:#x}-{iova + size - 1:#x} overlaps {other[0]:#x}-{other[1] - 1:#x}, which is mapped",
-                    fix="unmap that first, or leave iova out to have one chosen",
-                )
-        insort(self._taken, (iova, iova + size))
+        for start, end in self.taken(iova, size):
+            raise IovaError(
+                f"IOVA {iova:#x}-{iova + size - 1:#x} overlaps {start:#x}-{end - 1:#x}, which is mapped",
+                fix="unmap that first, or leave iova out to have one chosen",
+            )
+        self._take(bisect_right(self._free, (iova, _SPACE)) - 1, iova, size)
 
     def release(self, iova: int, size: int) -> None:
         """Give back what `allocate` or `reserve` took."""
-        self._taken.remove((iova, iova + size))
+        piece = (iova, iova + size)
+        i = bisect_left(self._taken, piece)
+        if self._taken[i : i + 1] != [piece]:
+            raise ValueError(f"{size:#x} bytes at IOVA {iova:#x} were not taken")
+        del self._taken[i]
+        for found in self.ranges:  # which may have changed meanwhile
+            start, end = max(iova, found.start), min(iova + size, found.last + 1)
+            if start < end:
+                self._give(start, end, found)
+
+    def _take(self, i: int, start: int, size: int) -> None:
+        free, end = self._free[i]
+        self._free[i : i + 1] = [gap for gap in ((free, start), (start + size, end)) if gap[0] < gap[1]]
+        insort(self._taken, (start, start + size))
+
+    def _give(self, start: int, end: int, found: IovaRange) -> None:
+        i = bisect_left(self._free, (start, end))
+        before, behind = self._free[i - 1 : i], self._free[i : i + 1]
+        if before and before[0][1] == start and start > found.start:
+            start, i = before[0][0], i - 1
+        else:
+            before = []
+        if behind and behind[0][0] == end and end <= found.last:
+            end = behind[0][1]
+        else:
+            behind = []
+        self._free[i : i + len(before) + len(behind)] = [(start, end)]
 
     def _check_size(self, size: int) -> None:
         if size <= 0:

@@ -27,6 +27,7 @@ MSI = _abi.VFIO_PCI_MSI_IRQ_INDEX
 MSIX = _abi.VFIO_PCI_MSIX_IRQ_INDEX
 ERROR = _abi.VFIO_PCI_ERR_IRQ_INDEX
 REQUEST = _abi.VFIO_PCI_REQ_IRQ_INDEX
+_MOST_VECTORS = 1 << 16  # more than any kind of interrupt has
 _NAMES = {INTX: "INTx", MSI: "MSI", MSIX: "MSI-X", ERROR: "error", REQUEST: "device-request"}
 
 
@@ -67,6 +68,9 @@ class Irqs:
 
     def info(self, index: int) -> IrqInfo:
         """What there is of a kind of interrupt: `vfio.INTX`, `MSI`, `MSIX`, `ERROR` or `REQUEST`."""
+        if index not in _NAMES:
+            raise VfioError(f"there is no kind of interrupt {index}", device=self._device)
+        self._check_open("cannot ask about", index)
         request = _sys.struct("vfio_irq_info")
         request.index = index
         try:
@@ -74,7 +78,7 @@ class Irqs:
         except OSError as error:
             # The kernel refuses the error interrupt of a device that is not PCI Express, where it could say none.
             if error.errno != errno.EINVAL:
-                raise self._failed("cannot ask about", index, error) from None
+                raise self._failed("cannot ask about", index, 0, error) from None
             return IrqInfo(index, 0, False, False, False, False)
         flags = request.flags
         return IrqInfo(
@@ -199,8 +203,7 @@ class Irqs:
         self._set_eventfds(index, _abi.VFIO_IRQ_SET_ACTION_TRIGGER, 0, eventfds, "cannot enable")
 
     def _set_vector(self, index: int, vector: int, eventfd: int | HasFileno | None) -> None:
-        if vector < 0:
-            raise VfioError(f"there is no {_NAMES[index]} vector {vector}", device=self._device)
+        self._check_vector(index, vector)
         info = self._need(index, vector + 1)
         fix = None
         if info.noresize:
@@ -216,11 +219,12 @@ class Irqs:
         doing: str,
         fix: str | None = None,
     ) -> None:
-        fds = [-1 if e is None else e if isinstance(e, int) else e.fileno() for e in eventfds]
+        fds = [-1 if e is None else file_number(e) for e in eventfds]
         data = bytes(ffi.buffer(ffi.new("int32_t[]", fds)))
         self._set(index, _abi.VFIO_IRQ_SET_DATA_EVENTFD | action, start, len(fds), data, doing, fix)
 
     def _act(self, index: int, action: int, doing: str, vector: int = 0) -> None:
+        self._check_vector(index, vector)
         self._set(index, _abi.VFIO_IRQ_SET_DATA_NONE | action, vector, 1, b"", doing)
 
     def _trigger_some(self, index: int, vectors: Sequence[bool]) -> None:
@@ -239,26 +243,46 @@ class Irqs:
     def _set(
         self, index: int, flags: int, start: int, count: int, data: bytes, doing: str, fix: str | None = None
     ) -> None:
+        self._check_open(doing, index)
         request = _sys.struct("vfio_irq_set", data=len(data))
         request.flags, request.index, request.start, request.count = flags, index, start, count
         ffi.memmove(request.data, data, len(data))
         try:
-            _sys.call(self._fd, _abi.VFIO_DEVICE_SET_IRQS, request)
+            had = _sys.call(self._fd, _abi.VFIO_DEVICE_SET_IRQS, request)
         except OSError as error:
-            raise self._failed(doing, index, error, fix) from None
+            raise self._failed(doing, index, flags, error, fix) from None
+        if had > 0:  # the kernel's way to say that the machine has fewer vectors free, and that none is enabled
+            raise Unsupported(
+                f"{doing} {count} {_NAMES[index]} vectors",
+                device=self._device,
+                cause=f"the machine has {had} for it",
+                fix="ask for fewer",
+            )
 
-    def _failed(self, doing: str, index: int, error: OSError, fix: str | None = None) -> VfioError:
-        doing = f"{doing} {_NAMES.get(index, index)}"
+    def _check_vector(self, index: int, vector: int) -> None:
+        if not 0 <= vector < _MOST_VECTORS:
+            raise VfioError(f"there is no {_NAMES[index]} vector {vector}", device=self._device)
+
+    def _check_open(self, doing: str, index: int) -> None:
         if self._fd < 0:
-            return VfioError(doing, device=self._device, cause="the device is closed")
+            raise VfioError(f"{doing} {_NAMES[index]}", device=self._device, cause="the device is closed")
+
+    def _failed(self, doing: str, index: int, flags: int, error: OSError, fix: str | None = None) -> VfioError:
+        doing = f"{doing} {_NAMES[index]}"
         if error.errno == errno.ENODEV:
             return DeviceGone(doing, device=self._device, errno=error.errno, cause="the device was removed")
         if error.errno == errno.ENOTTY:
             return Unsupported(doing, device=self._device, errno=error.errno)
         cause = None
         if error.errno == errno.EINVAL:
-            cause = "it is not enabled, or another kind of interrupt is"
-            fix = fix or "disable the other kind first"
+            if not flags & _abi.VFIO_IRQ_SET_DATA_EVENTFD:
+                cause = "it is not enabled, or not that vector"
+                fix = "enable it first"
+            elif index in (INTX, MSI, MSIX):
+                cause = "another kind of interrupt is enabled, or that is no eventfd"
+                fix = fix or "disable the other kind first"
+            else:
+                cause = "that is no eventfd"
         elif error.errno == errno.EBADF:
             cause = "that is not an open file descriptor"
         elif error.errno == errno.ENOSPC:
@@ -267,3 +291,11 @@ class Irqs:
         elif error.errno == errno.EBUSY:
             cause = "the interrupt line is shared with another driver, and the device cannot mask its part"
         return VfioError(doing, device=self._device, errno=error.errno, cause=cause, fix=fix)
+
+
+def file_number(eventfd: int | HasFileno) -> int:
+    """The file descriptor of an eventfd, however it was given. Raises `VfioError` for a number that can be none."""
+    fd = eventfd if isinstance(eventfd, int) else eventfd.fileno()
+    if not 0 <= fd < 1 << 31:
+        raise VfioError(f"{fd} is not a file descriptor", fix="give an open eventfd; None leaves a vector without one")
+    return fd

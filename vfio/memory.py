@@ -24,7 +24,7 @@ class Memory:
     device can still write to them.
 
     - `size`: bytes, a multiple of `page_size`
-    - `page_size`: bytes of the pages that it is made of (4096, or a huge page's size)
+    - `page_size`: bytes of the pages that it is made of (the system's, mostly 4096, or a huge page's)
     - `address`: where it is in this process, for C code
     - `view`: a writable memoryview of all of it, format "B". While views cut from it are alive, the memory stays
       mapped even after `close()`, so they never point into nothing.
@@ -65,6 +65,9 @@ class Memory:
         except OSError as error:
             os.close(fd)
             raise _refused(size, page_size, error) from None
+        except BaseException:
+            os.close(fd)
+            raise
 
     @classmethod
     def anonymous(cls, size: int, huge: bool | int = False) -> Memory:
@@ -95,6 +98,8 @@ class Memory:
         `size` in bytes, or None for all of it. `require_seals`: refuse a file that somebody could still shrink, which
         would kill this process with SIGBUS on the next access. Raises `VfioError`.
         """
+        if fd < 0:
+            raise VfioError(f"{fd} is not a file descriptor")
         try:
             page_size = max(mmap.PAGESIZE, os.fstatvfs(fd).f_bsize)
             whole = os.fstat(fd).st_size
@@ -109,7 +114,10 @@ class Memory:
                 )
             return cls(mmap.mmap(fd, wanted), fd, page_size, name)
         except OSError as error:
-            os.close(fd)
+            try:
+                os.close(fd)
+            except OSError:
+                pass  # there is no such file
             raise VfioError("cannot map the shared memory", errno=error.errno) from None
         except BaseException:
             os.close(fd)
@@ -170,9 +178,10 @@ def _page_size(huge: bool | int) -> int:
 
 
 def _round(size: int, page_size: int) -> int:
-    if size <= 0:
+    rounded = (size + page_size - 1) // page_size * page_size
+    if not 0 < rounded < 1 << 63:
         raise VfioError(f"memory of {size} bytes makes no sense", fix="give a positive number of bytes")
-    return (size + page_size - 1) // page_size * page_size
+    return rounded
 
 
 def _refused(size: int, page_size: int, error: OSError) -> VfioError:

@@ -9,7 +9,11 @@ import os
 
 from vfio import _sys
 from vfio._record import NamedTuple
-from vfio.errors import BadAddress, DeviceNotFound
+from vfio.errors import BadAddress, DeviceNotFound, Malformed
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
 
 _FORMS = "write 0000:00:1f.0, 00:1f.0 or 0x00:0x1F:0x0 (hexadecimal: an optional domain, then bus, device, function)"
 
@@ -97,7 +101,10 @@ class PciFunction:
         text = self.attribute(name)
         if text is None:
             raise DeviceNotFound(f"sysfs has no {name} for it: was it unplugged?", device=self.address)
-        return int(text, 0)
+        try:
+            return int(text, 0)
+        except ValueError:
+            raise Malformed(f"sysfs says {text!r} where its {name} should be", device=self.address) from None
 
     def _link(self, name: str) -> str | None:
         try:
@@ -159,19 +166,15 @@ class PciFunction:
             names = os.listdir(f"{self.path}/iommu_group/devices")
         except OSError:
             return ()
-        members = []
-        for name in names:
-            try:
-                members.append(PciAddress.parse(name))
-            except BadAddress:
-                continue  # a group may hold devices of other buses, which have no PCI address
-        return tuple(sorted(members))
+        return tuple(sorted(_addresses(names)))  # a group may hold devices of other buses, too
 
     @property
     def numa_node(self) -> int | None:
         """NUMA node nearest to the function, or None when the machine does not say."""
-        text = self.attribute("numa_node")
-        return None if text is None or int(text) < 0 else int(text)
+        if self.attribute("numa_node") is None:  # a kernel without CONFIG_NUMA
+            return None
+        node = self._number("numa_node")
+        return node if node >= 0 else None
 
     @property
     def is_bridge(self) -> bool:
@@ -195,7 +198,16 @@ def functions(*, sysfs_root: str = "/sys") -> tuple[PciAddress, ...]:
         names = os.listdir(f"{sysfs_root}/bus/pci/devices")
     except OSError:
         return ()
-    return tuple(sorted(PciAddress.parse(name) for name in names))
+    return tuple(sorted(_addresses(names)))
+
+
+def _addresses(names: Iterable[str]) -> Iterator[PciAddress]:
+    """Those of some names that are addresses."""
+    for name in names:
+        try:
+            yield PciAddress.parse(name)
+        except BadAddress:
+            continue
 
 
 def _nearest(address: PciAddress, sysfs_root: str, most: int = 3) -> str:

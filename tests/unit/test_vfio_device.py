@@ -28,7 +28,8 @@ class Machine:
         self.options = {"sysfs_root": str(root / "sys"), "dev_root": str(root / "dev")}
         monkeypatch.setattr(_sys, "ioctl", self.kernel.ioctl)
 
-    def open(self, interface: str = "group", iommu: vfio.Iommu | None = None, address: str = ADDRESS) -> vfio.Device:
+    def open(self, interface: str = "", iommu: vfio.Iommu | None = None, address: str = ADDRESS) -> vfio.Device:
+        interface = interface or ("group" if iommu is None else "auto")
         return vfio.open_device(address, interface, iommu=iommu, **self.options)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import resource
 import select
 import threading
 import time
@@ -74,3 +75,60 @@ def test_closed_and_forgotten_ones_are_gone() -> None:
     vfio.EventFd()
     gc.collect()
     assert open_fds() == before
+
+
+def test_two_tasks_do_not_wait_for_one() -> None:
+    async def both() -> None:
+        with vfio.EventFd() as event:
+            first = asyncio.ensure_future(event.wait_async())
+            await asyncio.sleep(0)
+            with pytest.raises(vfio.VfioError, match="another task waits"):
+                await event.wait_async()
+            event.signal(2)
+            assert await asyncio.wait_for(first, 5) == 2
+
+    asyncio.run(both())
+
+
+def test_closing_ends_the_wait_and_frees_the_number() -> None:
+    async def closing() -> None:
+        event = vfio.EventFd()
+        number = event.fileno()
+        waiting = asyncio.ensure_future(event.wait_async())
+        await asyncio.sleep(0)
+        event.close()
+        with vfio.EventFd() as other:
+            assert other.fileno() == number
+            with pytest.raises(ValueError, match="closed"):
+                await asyncio.wait_for(waiting, 5)
+            other.signal()
+            assert await asyncio.wait_for(other.wait_async(), 5) == 1
+
+    asyncio.run(closing())
+
+
+def test_a_signal_that_somebody_else_took_is_waited_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    with vfio.EventFd(1) as event:
+        real = event.drain
+        taken = []
+
+        def late() -> int:
+            if not taken:
+                taken.append(real())
+                event.signal(7)
+                return 0
+            return real()
+
+        monkeypatch.setattr(event, "drain", late)
+        assert event.wait() == 7
+
+
+def test_no_more_files_is_explained() -> None:
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+    try:
+        with pytest.raises(vfio.VfioError, match=r"cannot make an eventfd: EMFILE .*ulimit -n"):
+            vfio.EventFd()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))

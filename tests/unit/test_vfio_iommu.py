@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -273,3 +274,101 @@ def test_a_kernel_that_asks_for_ever_more(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(_sys, "ioctl", greedy)
     with pytest.raises(vfio.Malformed, match="cannot be right"):
         _sys.query(0, 0, "vfio_region_info")
+
+
+@interfaces
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_an_interrupted_mapping_is_undone(
+    machine: Machine, memory: vfio.Memory, monkeypatch: pytest.MonkeyPatch, interface: str, when: str
+) -> None:
+    def interrupted(fd: int, request: int, argument: object = 0) -> int:
+        if request == MAPS[interface]:
+            if when == "after":
+                machine.kernel.ioctl(fd, request, argument)
+            raise KeyboardInterrupt
+        return machine.kernel.ioctl(fd, request, argument)
+
+    with machine.open(interface) as device:
+        with monkeypatch.context() as patch:
+            patch.setattr(_sys, "ioctl", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                device.iommu.map(memory)
+        assert machine.kernel.mapped == {}
+        assert device.iommu.mappings == ()
+        assert device.iommu.map(memory).iova == 0x1000
+
+
+@interfaces
+@pytest.mark.parametrize(("address", "size"), [(-4096, 4096), (4096, 0), (4096, -4096), ((1 << 64) - 4096, 8192)])
+def test_memory_that_cannot_be(machine: Machine, interface: str, address: int, size: int) -> None:
+    with machine.open(interface) as device:
+        with pytest.raises(vfio.IovaError, match="there is no memory of"):
+            device.iommu.map_address(address, size)
+        assert device.iommu.mappings == ()
+
+
+@interfaces
+def test_a_closed_space_takes_no_mappings(
+    machine: Machine, memory: vfio.Memory, monkeypatch: pytest.MonkeyPatch, interface: str
+) -> None:
+    with machine.open(interface) as device:
+        device.iommu.map(memory)
+    monkeypatch.undo()  # what Python's own ioctl says of a closed file is no OSError
+    for late in (lambda: device.iommu.map(memory), lambda: device.iommu.iova_ranges, lambda: device.iommu.dma_avail):
+        with pytest.raises(vfio.VfioError, match="address space is closed"):
+            late()
+    assert device.iommu.unmap_all() == device.iommu.unmap_range(0x1000, 0x1000) == 0
+
+
+@interfaces
+def test_what_others_have_open_too_is_unmapped(machine: Machine, memory: vfio.Memory, interface: str) -> None:
+    """Closing the last file would unmap it, but a child may have a copy."""
+    with machine.open(interface) as device:
+        mapping = device.iommu.map(memory)
+    assert mapping.closed
+    assert machine.kernel.mapped == {}
+
+
+@interfaces
+def test_ranges_follow_the_devices(machine: Machine, memory: vfio.Memory, interface: str) -> None:
+    machine.sysfs.function("0000:00:03.1", driver="vfio-pci", group=7, cdev="vfio0")
+    with vfio.Iommu.open(interface, **machine.options) as iommu, machine.open(iommu=iommu):
+        both = iommu.iova_ranges
+        machine.kernel.ranges = [(0, 0xFFFF)]
+        with machine.open(iommu=iommu, address="0000:00:03.1"):
+            assert iommu.iova_ranges == (vfio.IovaRange(0, 0xFFFF),)
+            iommu.map(memory)
+            machine.kernel.ranges = [tuple(found) for found in both]
+        assert iommu.iova_ranges == both
+
+
+@interfaces
+def test_a_forked_child_leaves_its_parents_alone(machine: Machine, memory: vfio.Memory, interface: str) -> None:
+    with vfio.Iommu.open(interface, **machine.options) as iommu, machine.open(iommu=iommu) as device:
+        device.set_bus_master(True)
+        mapping = iommu.map(memory)
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                asked = len(machine.kernel.calls)
+                mapping.close()
+                own = iommu.map(memory)
+                device.close()
+                iommu.close()
+                unmapped = machine.kernel.calls[asked:].count(UNMAPS[interface])
+                # Its own mapping is undone, and nothing else.
+                code = 0 if own.closed and unmapped == 1 and list(machine.kernel.mapped) == [mapping.iova] else 2
+            finally:
+                os._exit(code)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert device.bus_master
+        assert not mapping.closed
+
+
+def test_a_capability_within_a_user_namespace_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {"/proc/self/status": "VmLck:\t8 kB\nCapEff:\t000001ffffffffff\n", "/proc/self/uid_map": "0 1000 1"}
+    monkeypatch.setattr(_diagnose, "_text", files.get)
+    assert _diagnose.locked_memory()[::2] == (8192, False)
+    files["/proc/self/uid_map"] = "         0          0 4294967295"
+    assert _diagnose.locked_memory()[::2] == (8192, True)

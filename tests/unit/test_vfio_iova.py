@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 import vfio
 
 PAGE = 4096
+TOP = (1 << 64) - 1
 # What an emulated VT-d offers: the hole is where MSI messages go.
 RANGES = (vfio.IovaRange(0, 0xFEDFFFFF), vfio.IovaRange(0xFEF00000, (1 << 39) - 1))
 
@@ -123,3 +124,63 @@ def test_never_outside_never_twice_and_all_comes_back(wishes: list[tuple[int, in
     for iova, size in held.items():
         space.release(iova, size)
     assert space.allocate(98 * PAGE) == PAGE
+
+
+@given(st.lists(st.tuples(st.sampled_from(["allocate", "reserve", "release"]), st.integers(1, 40), st.integers(0, 40))))
+def test_it_is_what_a_map_of_pages_says(moves: list[tuple[str, int, int]]) -> None:
+    ranges = (
+        vfio.IovaRange(0, 15 * PAGE - 1),
+        vfio.IovaRange(15 * PAGE, 20 * PAGE - 1),
+        vfio.IovaRange(30 * PAGE, TOP),
+    )
+    space = vfio.IovaAllocator(ranges, PAGE)
+    pages = {*range(1, 20), *range(30, 100)}  # those that are free, with enough of the last range
+    held: list[tuple[int, int]] = []
+    for what, count, where in moves:
+        if what == "release" and held:
+            start, length = held.pop(where % len(held))
+            space.release(start * PAGE, length * PAGE)
+            pages |= set(range(start, start + length))
+        elif what == "allocate":
+            fits = [p for p in sorted(pages) if pages >= set(range(p, p + count)) and not (p < 15 < p + count)]
+            if fits:
+                assert space.allocate(count * PAGE) == fits[0] * PAGE
+                held.append((fits[0], count))
+                pages -= set(range(fits[0], fits[0] + count))
+        elif what == "reserve" and where:
+            if pages >= set(range(where, where + count)) and not (where < 15 < where + count):
+                space.reserve(where * PAGE, count * PAGE)
+                held.append((where, count))
+                pages -= set(range(where, where + count))
+            else:
+                with pytest.raises(vfio.IovaError):
+                    space.reserve(where * PAGE, count * PAGE)
+
+
+def test_ranges_that_change_under_what_is_taken() -> None:
+    space = vfio.IovaAllocator([vfio.IovaRange(0, 9 * PAGE - 1)], PAGE)
+    taken = [space.allocate(2 * PAGE) for _ in range(3)]
+    space.set_ranges([vfio.IovaRange(4 * PAGE, 8 * PAGE - 1)])
+    assert space.allocate(PAGE) == 7 * PAGE
+    for iova in taken:
+        space.release(iova, 2 * PAGE)
+    # What lies outside by now is not given out again.
+    assert space.allocate(3 * PAGE) == 4 * PAGE
+    with pytest.raises(vfio.IovaError):
+        space.allocate(PAGE)
+
+
+def test_tens_of_thousands_do_not_slow_it_down() -> None:
+    """Minutes, when each looks at all the others."""
+    space = vfio.IovaAllocator([vfio.IovaRange(0, TOP)], PAGE)
+    taken = [space.allocate(PAGE) for _ in range(30_000)]
+    assert taken[-1] == 30_000 * PAGE
+    for iova in taken:
+        space.release(iova, PAGE)
+    assert space.allocate(30_000 * PAGE) == PAGE
+
+
+@pytest.mark.parametrize("align", [-PAGE, 0, 3, 3 * PAGE])
+def test_an_alignment_is_a_power_of_two(space: vfio.IovaAllocator, align: int) -> None:
+    with pytest.raises(vfio.IovaError, match="power of two"):
+        space.allocate(PAGE, align)

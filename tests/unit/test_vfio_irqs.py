@@ -106,7 +106,7 @@ def test_vectors_that_are_not_there(machine: Machine, call: Callable[[vfio.Irqs]
     [
         (errno.ENODEV, vfio.DeviceGone, "cannot enable INTx: ENODEV"),
         (errno.ENOTTY, vfio.Unsupported, "cannot enable INTx"),
-        (errno.EINVAL, vfio.VfioError, "another kind of interrupt is; disable the other kind first"),
+        (errno.EINVAL, vfio.VfioError, "another kind of interrupt is enabled.*; disable the other kind first"),
         (errno.EBADF, vfio.VfioError, "not an open file descriptor"),
         (errno.ENOSPC, vfio.VfioError, "ask for fewer"),
         (errno.EBUSY, vfio.VfioError, "line is shared with another driver"),
@@ -138,3 +138,48 @@ def test_a_vector_beyond_on_an_old_kernel_says_how(machine: Machine, monkeypatch
         machine.kernel.fail[_abi.VFIO_DEVICE_SET_IRQS] = errno.EINVAL
         with pytest.raises(vfio.VfioError, match="on this kernel, reserve the vector with None"):
             device.irqs.set_msix(3, 4)
+
+
+def test_fewer_vectors_than_asked_for_is_no_success(machine: Machine) -> None:
+    """The kernel then enables none, and answers with how many there are instead of an error."""
+    with machine.open() as device:
+        machine.kernel.irqs_free = 2
+        with pytest.raises(vfio.Unsupported, match="cannot enable 4 MSI-X vectors: the machine has 2"):
+            device.irqs.enable_msix([9, 10, 11, 12])
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda i: i.trigger_msix(-1), "no MSI-X vector -1"),
+        (lambda i: i.trigger_msi(1 << 40), "no MSI vector 1099511627776"),
+        (lambda i: i.set_msix(1 << 32, 3), "no MSI-X vector 4294967296"),
+        (lambda i: i.enable_msix([-1]), "-1 is not a file descriptor; give an open eventfd; None leaves"),
+        (lambda i: i.enable_intx(1 << 31), "2147483648 is not a file descriptor"),
+        (lambda i: i.info(-1), "no kind of interrupt -1"),
+        (lambda i: i.info(5), "no kind of interrupt 5"),
+    ],
+)
+def test_numbers_that_cannot_be(machine: Machine, call: Callable[[vfio.Irqs], None], says: str) -> None:
+    with machine.open() as device, pytest.raises(vfio.VfioError, match=says):
+        call(device.irqs)
+    assert machine.kernel.irq_sets == []
+
+
+def test_triggering_what_is_off_says_what_to_do(machine: Machine) -> None:
+    with machine.open() as device:
+        machine.kernel.fail[_abi.VFIO_DEVICE_SET_IRQS] = errno.EINVAL
+        for call in (device.irqs.trigger_error, device.irqs.unmask_intx, lambda: device.irqs.trigger_msix(0)):
+            with pytest.raises(vfio.VfioError, match="it is not enabled, or not that vector; enable it first"):
+                call()
+        with pytest.raises(vfio.VfioError, match=r"cannot enable error: EINVAL .*: that is no eventfd$"):
+            device.irqs.enable_error(9)
+
+
+def test_interrupts_of_a_closed_device(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    with machine.open() as device:
+        pass
+    monkeypatch.undo()  # what Python's own ioctl says of a closed file is no OSError
+    for late in (device.irqs.unmask_intx, device.irqs.disable_msix, lambda: device.irqs.info(vfio.MSI)):
+        with pytest.raises(vfio.VfioError, match="the device is closed"):
+            late()

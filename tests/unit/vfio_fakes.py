@@ -136,6 +136,8 @@ class FakeKernel:
         self.mapped: dict[int, int] = {}
         self.irq_counts = {0: 1, 1: 0, 2: 4, 3: 1, 4: 1}
         self.irq_sets: list[tuple[int, int, int, int, bytes]] = []
+        self.irqs_free = 0  # what SET_IRQS returns: with 0 there are enough
+        self.features: list[tuple[int, bytes]] = []
         self.device_flags = _abi.VFIO_DEVICE_FLAGS_PCI | _abi.VFIO_DEVICE_FLAGS_RESET
         self.hot_reset: list[tuple[int, int, int, int]] = []
         self.hot_reset_flags = 0
@@ -212,6 +214,11 @@ class FakeKernel:
         head = _view("vfio_irq_set", argument)
         data = bytes(argument)[ffi.sizeof("struct vfio_irq_set") :][: 4 * head.count]
         self.irq_sets.append((head.flags, head.index, head.start, head.count, data))
+        return self.irqs_free
+
+    def _feature(self, argument: Any) -> int:
+        head = _view("vfio_device_feature", argument)
+        self.features.append((head.flags, bytes(argument)[ffi.sizeof("struct vfio_device_feature") :]))
         return 0
 
     def _iommu_info(self, argument: Any) -> int:
@@ -313,6 +320,7 @@ class FakeKernel:
         _abi.VFIO_DEVICE_GET_IRQ_INFO: _irq_info,
         _abi.VFIO_DEVICE_SET_IRQS: _set_irqs,
         _abi.VFIO_DEVICE_RESET: lambda self, _: 0,
+        _abi.VFIO_DEVICE_FEATURE: _feature,
         _abi.VFIO_DEVICE_GET_PCI_HOT_RESET_INFO: _hot_reset_info,
         _abi.VFIO_DEVICE_PCI_HOT_RESET: lambda self, _: 0,
         _abi.VFIO_DEVICE_BIND_IOMMUFD: lambda self, _: 0,

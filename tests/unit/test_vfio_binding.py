@@ -288,3 +288,106 @@ def test_without_rights_it_says_so(machine: Machine) -> None:
     machine.sysfs.before_write = forbid
     with pytest.raises(vfio.NotPermitted, match="needs root"):
         machine.bind()
+
+
+def test_restoring_what_was_unplugged_removes_its_notes(machine: Machine) -> None:
+    path = machine.sysfs.function(ADDRESS, driver="virtio-pci", group=7)
+    machine.bind()
+    path.rename(machine.sysfs.root / "gone")
+    assert machine.leftovers() == [ADDRESS]
+    assert machine.restore() is None
+    assert machine.leftovers() == []
+    with pytest.raises(vfio.DeviceNotFound):
+        machine.restore()
+
+
+@pytest.mark.parametrize("name", ["foo+bar", "AMD (R) thing", "a:b,c"])
+def test_odd_names_of_drivers_come_back(machine: Machine, name: str) -> None:
+    machine.sysfs.function(ADDRESS, driver=name, group=7)
+    with machine.bind():
+        assert machine.now[0] == "vfio-pci"
+    assert machine.now == (name, None)
+
+
+@pytest.mark.parametrize("text", ["", "override=\n", "driver=\x1b[2J\noverride=\n"])
+def test_incomplete_notes_are_refused(machine: Machine, text: str) -> None:
+    machine.sysfs.function(ADDRESS, driver="vfio-pci", group=7)
+    machine.state.mkdir()
+    (machine.state / ADDRESS).write_text(text)
+    with pytest.raises(vfio.VfioError, match="remove the file"):
+        machine.restore()
+    assert machine.sysfs.writes == []
+
+
+def test_an_interrupt_while_waiting_for_the_lock_leaks_nothing(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine.sysfs.function(ADDRESS, driver="virtio-pci", group=7)
+    before = open_fds()
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("vfio.binding.fcntl.flock", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        machine.bind()
+    assert open_fds() == before
+    assert machine.sysfs.writes == []
+
+
+def test_without_notes_nothing_is_bound(machine: Machine) -> None:
+    machine.sysfs.function(ADDRESS, driver="virtio-pci", group=7)
+    machine.state.write_text("a file where the directory should be")
+    with pytest.raises(vfio.VfioError, match=r"cannot keep notes in .*: EEXIST"):
+        machine.bind()
+    with pytest.raises(vfio.VfioError, match=r"cannot keep notes in .*: ENOTDIR"):
+        machine.leftovers()
+    machine.state.unlink()
+    (machine.state / f"{ADDRESS}.new").mkdir(parents=True)
+    before = open_fds()
+    with pytest.raises(vfio.VfioError, match=r"cannot keep notes in .*: EISDIR"):
+        machine.bind()
+    assert machine.sysfs.writes == []
+    assert machine.now[0] == "virtio-pci"
+    assert open_fds() == before
+
+
+def test_somebody_else_unbinds_at_the_same_time(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = machine.sysfs.function(ADDRESS, driver="virtio-pci", group=7)
+    real = machine.sysfs.write
+
+    def raced(target: str, text: str) -> None:
+        if target.endswith("/unbind") and (path / "driver").exists():
+            (path / "driver").unlink()
+            raise OSError(19, "No such device", target)  # what the kernel says when it is not bound to that driver
+        real(target, text)
+
+    monkeypatch.setattr(_sys, "write_file", raced)
+    machine.bind()
+    assert machine.now[0] == "vfio-pci"
+
+
+def test_a_forked_child_does_not_give_it_back(machine: Machine) -> None:
+    machine.sysfs.function(ADDRESS, driver="virtio-pci", group=7)
+    with machine.bind() as binding:
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                binding.__exit__(None, None, None)
+                code = 0
+            finally:
+                os._exit(code)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert machine.now[0] == "vfio-pci"
+    assert machine.now[0] == "virtio-pci"
+
+
+@pytest.mark.parametrize(
+    ("words", "asked"), [("intel_iommu=on,sm_on", True), ("intel_iommu=on intel_iommu=off", False)]
+)
+def test_kernel_parameters_are_read_as_the_kernel_reads_them(tmp_path: Path, words: str, asked: bool) -> None:
+    (tmp_path / "cpuinfo").write_text("vendor_id : GenuineIntel")
+    (tmp_path / "cmdline").write_text(words)
+    error = _diagnose.no_iommu(ADDRESS, str(tmp_path), str(tmp_path))
+    assert ("add intel_iommu=on" in str(error)) is not asked

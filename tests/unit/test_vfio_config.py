@@ -120,6 +120,7 @@ def test_extended_capabilities(space: Space) -> None:
     space.extended(0x100, 0x0001, 2, 0x148)
     space.extended(0x148, 0x0000, 0, 0x200)  # one that VFIO hides
     space.extended(0x200, 0x000D, 1, 0)
+    assert space.config.find_extended(0x0B) is None
     assert space.config.extended_capabilities() == (
         vfio.ExtendedCapability(0x01, 2, 0x100),
         vfio.ExtendedCapability(0x0D, 1, 0x200),
@@ -160,3 +161,10 @@ def test_any_noise_ends(tmp_path_factory: pytest.TempPathFactory, seed: int) -> 
                 pass
     finally:
         os.close(space.fd)
+
+
+def test_a_device_that_is_not_there_is_gone_and_not_malformed(space: Space) -> None:
+    """Where nobody answers, a PC reads ones."""
+    os.pwrite(space.fd, b"\xff" * 4096, BASE)
+    with pytest.raises(vfio.DeviceGone, match="reads as all ones"):
+        space.config.capabilities()

@@ -458,3 +458,72 @@ def test_two_devices_share_an_address_space(machine: Machine, interface: str) ->
     assert open_fds() == before
     with pytest.raises(vfio.VfioError, match="address space is closed"):
         machine.open(iommu=iommu)
+
+
+def test_an_address_space_that_is_given_decides_the_interface(machine: Machine) -> None:
+    with vfio.Iommu.open("iommufd", **machine.options) as iommu:
+        with pytest.raises(vfio.Unsupported, match=r"cannot be opened as 'group' into .* 'iommufd'"):
+            machine.open("group", iommu)
+        machine.open("iommufd", iommu).close()
+        machine.open("auto", iommu).close()
+
+
+def test_the_choice_is_automatic_for_an_address_space_too(machine: Machine) -> None:
+    with vfio.Iommu.open(**machine.options) as iommu, machine.open(iommu=iommu) as device:
+        assert device.interface == "iommufd"
+    (machine.kernel.dev / "vfio/devices/vfio0").unlink()
+    with vfio.Iommu.open(**machine.options) as iommu:
+        assert iommu.interface == "type1v2"
+
+
+@pytest.mark.parametrize("node", ["iommu", "vfio/devices/vfio0"])
+def test_what_may_not_be_opened_is_not_chosen(machine: Machine, monkeypatch: pytest.MonkeyPatch, node: str) -> None:
+    real = os.access
+
+    def forbidden(path: str, mode: int, **options: bool) -> bool:
+        return path != str(machine.kernel.dev / node) and real(path, mode, **options)
+
+    monkeypatch.setattr("vfio._iommufd.os.access", forbidden)
+    with machine.open("auto") as device:
+        assert device.interface == "type1v2"
+    with vfio.Iommu.open(**machine.options) as iommu:
+        assert iommu.interface == "type1v2"
+
+
+def test_compatibility_mode_needs_iommufd_too(machine: Machine) -> None:
+    (machine.kernel.dev / "iommu").unlink()
+    with pytest.raises(vfio.Unsupported, match="this kernel has no iommufd"):
+        machine.open("iommufd-compat-type1v2")
+
+
+def test_no_right_to_go_without_an_iommu(machine: Machine) -> None:
+    (machine.sysfs.root / "kernel/iommu_groups/7/name").write_text("vfio-noiommu\n")
+    machine.kernel.extensions.add(_abi.VFIO_NOIOMMU_IOMMU)
+    (machine.kernel.dev / "vfio/noiommu-7").write_text("")
+    machine.kernel.fail[_abi.VFIO_GROUP_SET_CONTAINER] = errno.EPERM
+    with pytest.raises(vfio.NotPermitted, match="CAP_SYS_RAWIO"):
+        machine.open("noiommu")
+
+
+def test_low_power(machine: Machine) -> None:
+    with machine.open() as device, vfio.EventFd() as event:
+        device.enter_low_power()
+        device.enter_low_power(wakeup=event)
+        device.exit_low_power()
+        assert machine.kernel.features == [
+            (_abi.VFIO_DEVICE_FEATURE_SET | _abi.VFIO_DEVICE_FEATURE_LOW_POWER_ENTRY, b""),
+            (
+                _abi.VFIO_DEVICE_FEATURE_SET | _abi.VFIO_DEVICE_FEATURE_LOW_POWER_ENTRY_WITH_WAKEUP,
+                event.fileno().to_bytes(4, "little") + bytes(4),
+            ),
+            (_abi.VFIO_DEVICE_FEATURE_SET | _abi.VFIO_DEVICE_FEATURE_LOW_POWER_EXIT, b""),
+        ]
+        assert not device.feature_supported(-1)
+        assert not device.feature_supported(1 << 16)
+
+
+def test_files_are_not_handed_over_from_a_closed_space(machine: Machine) -> None:
+    with vfio.Iommu.open(**machine.options) as iommu, machine.open(iommu=iommu) as device:
+        iommu.close()
+        with pytest.raises(vfio.VfioError, match="address space is closed"):
+            _ = device.fds

@@ -110,7 +110,7 @@ def test_closing_ends_the_wait_and_frees_the_number() -> None:
 def test_a_signal_that_somebody_else_took_is_waited_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
     with vfio.EventFd(1) as event:
         real = event.drain
-        taken = []
+        taken: list[int] = []
 
         def late() -> int:
             if not taken:

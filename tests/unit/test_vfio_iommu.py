@@ -338,7 +338,7 @@ def test_ranges_follow_the_devices(machine: Machine, memory: vfio.Memory, interf
         with machine.open(iommu=iommu, address="0000:00:03.1"):
             assert iommu.iova_ranges == (vfio.IovaRange(0, 0xFFFF),)
             iommu.map(memory)
-            machine.kernel.ranges = [tuple(found) for found in both]
+            machine.kernel.ranges = [(found.start, found.last) for found in both]
         assert iommu.iova_ranges == both
 
 

@@ -142,3 +142,33 @@ def test_huge_pages_that_are_not_reserved_are_explained(make: object) -> None:
     if Path("/sys/kernel/mm/hugepages/hugepages-2048kB").exists():
         assert "16777216 huge pages are needed" in str(caught.value)
         assert "echo 16777216 > /sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages" in str(caught.value)
+
+
+@pytest.mark.parametrize("size", [1 << 63, (1 << 63) - 1, 1 << 64])
+def test_sizes_beyond_all_bounds(size: int) -> None:
+    before = open_fds()
+    for make in (vfio.Memory.memfd, vfio.Memory.anonymous, vfio.Memory.hugetlb):
+        with pytest.raises(vfio.VfioError, match="makes no sense"):
+            make(size)
+    assert open_fds() == before
+
+
+def test_an_interrupted_making_leaks_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = open_fds()
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("vfio.memory.fcntl.fcntl", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        vfio.Memory.memfd(4096)
+    assert open_fds() == before
+
+
+def test_from_fd_of_what_is_no_file() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    os.close(write)
+    for fd in (-1, read):
+        with pytest.raises(vfio.VfioError, match=r"is not a file descriptor|EBADF"):
+            vfio.Memory.from_fd(fd)

@@ -136,3 +136,23 @@ def test_all_functions_in_order(tmp_path: Path) -> None:
     found = vfio.functions(sysfs_root=str(sysfs.root))
     assert [str(address) for address in found] == ["0000:00:02.0", "0000:04:00.0"]
     assert vfio.functions(sysfs_root=str(tmp_path / "nothing")) == ()
+
+
+def test_odd_attributes_are_told_apart_from_missing_ones(tmp_path: Path) -> None:
+    sysfs = FakeSysfs(tmp_path)
+    path = sysfs.function("0000:00:03.0", group=7)
+    function = vfio.PciFunction("0000:00:03.0", sysfs_root=str(tmp_path))
+    for text in ("", "what\n"):
+        (path / "vendor").write_text(text)
+        (path / "numa_node").write_text(text)
+        with pytest.raises(vfio.Malformed, match="where its vendor should be"):
+            _ = function.vendor_id
+        with pytest.raises(vfio.Malformed, match="where its numa_node should be"):
+            _ = function.numa_node
+    (path / "vendor").unlink()
+    (path / "numa_node").unlink()
+    with pytest.raises(vfio.DeviceNotFound, match="was it unplugged"):
+        _ = function.vendor_id
+    assert function.numa_node is None
+    (tmp_path / "bus/pci/devices/odd").mkdir()
+    assert vfio.functions(sysfs_root=str(tmp_path)) == (function.address,)

@@ -192,3 +192,33 @@ def test_a_second_area_that_cannot_be_mapped_leaks_nothing(
         registers.bar(table=Area(0x2000, 0x40))
     assert len(calls) == 2
     assert open_fds() == before
+
+
+def test_what_cannot_be_read_is_not_mapped(registers: Registers) -> None:
+    """The processor would end the process for trying."""
+    with registers.bar(readable=False) as bar:
+        assert bar.areas == ()
+        bar.write32(0, 5)
+        assert registers.bytes(0, 4) == b"\5\0\0\0"
+        with pytest.raises(vfio.VfioError, match="region 2 cannot be read"):
+            bar.read32(0)
+
+
+def test_sizes_that_no_register_fits() -> None:
+    assert mappable_areas(info(0x1004), None) == ()
+    with pytest.raises(vfio.Malformed, match="make no sense"):
+        mappable_areas(info(0x1004, sparse=(vfio.Area(0, 0x1004),)), None)
+
+
+def test_a_size_that_cannot_be(registers: Registers) -> None:
+    before = open_fds()
+    with pytest.raises(vfio.Malformed, match="cannot have 0x8000000000000000 bytes"):
+        registers.bar(1 << 63)
+    assert open_fds() == before
+
+
+def test_no_address_after_the_end(registers: Registers) -> None:
+    with registers.bar() as bar:
+        assert bar.address(0)
+    with pytest.raises(vfio.VfioError, match="region 2 is closed"):
+        bar.address(0)

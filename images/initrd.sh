@@ -35,17 +35,27 @@ exec </dev/console >/dev/console 2>&1
 # shellcheck disable=SC2086 # a list of words
 modprobe -a $early || fail "a module of the initrd could not be loaded"
 
-hundredths
-deadline=$((now + 800))
-until find_disk root; do
+# Drivers may still be at it, when an IOMMU came late: a disk is waited for.
+await_disk() {
     hundredths
-    [ "$now" -lt $deadline ] || fail "root disk did not appear within 8 s: no virtio-blk device with serial=root"
-    usleep 20000
-done
+    deadline=$((now + 800))
+    until find_disk "$1"; do
+        hundredths
+        [ "$now" -lt $deadline ] || fail "$1 disk did not appear within 8 s: no virtio-blk device with serial=$1"
+        usleep 20000
+    done
+}
+
+await_disk root
 mount -t ext4 -o ro "$disk" /root || fail "root disk $disk does not hold an ext4 file system that can be mounted"
-if find_disk code; then
+# Whether there is to be a code disk is said by whoever attaches it.
+read -r cmdline </proc/cmdline
+case " $cmdline " in
+*" guest.code "*)
+    await_disk code
     mount -t ext4 -o ro "$disk" /root/code || fail "code disk $disk does not hold an ext4 file system that can be mounted"
-fi
+    ;;
+esac
 
 # Modules and init live on in the initramfs: bound into the root, they may differ while the root image stays the same.
 # That is why nothing is deleted here, as switch_root would do.

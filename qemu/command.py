@@ -181,7 +181,9 @@ def build(machine: Machine, channels: Channels) -> list[str]:
     argv += ["-kernel", str(machine.kernel)]
     if machine.initrd is not None:
         argv += ["-initrd", str(machine.initrd)]
-    argv += ["-append", " ".join((*KERNEL_WORDS, *machine.append))]
+    # The initrd waits for the disks that it is told of.
+    code = ["guest.code"] if any(disk.serial == "code" for disk in machine.disks) else []
+    argv += ["-append", " ".join((*KERNEL_WORDS, *code, *machine.append))]
 
     argv += ["-chardev", f"{channels.console},id=console", "-serial", "chardev:console"]
     argv += ["-chardev", f"{channels.control},id=control", "-mon", "chardev=control,mode=control"]

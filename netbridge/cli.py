@@ -136,7 +136,8 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from netbridge.bridge import Settings, Stop
+    from netbridge.bridge import Stop
+    from netbridge.session import Settings
     from netbridge.vnode import monitor
     from netbridge.vnode.manifest import Manifest
     from vfio.pci import PciAddress

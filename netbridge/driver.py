@@ -15,7 +15,7 @@ import time
 from contextlib import ExitStack
 
 import vfio
-from netbridge.bridge import Bridge, Settings, Stop
+from netbridge.bridge import Bridge, Stop
 from netbridge.datapath._core import ffi, lib
 from netbridge.errors import DeviceError, ExitCode, NetbridgeError
 from netbridge.ipc.listener import PortListener
@@ -23,6 +23,7 @@ from netbridge.ipc.messages import Facts
 from netbridge.ipc.server import PortServer
 from netbridge.log import Log
 from netbridge.metrics import CounterPage
+from netbridge.session import Settings
 from netbridge.virtio import features
 from netbridge.virtio.dma import VfioDma
 from netbridge.virtio.net import InterruptMode, NetDevice

@@ -34,10 +34,11 @@ import _cffi_backend
 import netbridge
 import vfio
 from netbridge import metrics
-from netbridge.bridge import Settings, Stop
+from netbridge.bridge import Stop
 from netbridge.errors import ExitCode, NetbridgeError, SandboxError, UsageError
 from netbridge.ipc.listener import PortListener
 from netbridge.log import Log
+from netbridge.session import Settings
 from netbridge.virtio import features
 from netbridge.virtio.pci import require_virtio_net
 from netbridge.vnode import handover, seccomp

@@ -1,0 +1,114 @@
+"""Two or more doing the same work in turns, and what came of it as ratios.
+
+A machine like a developer's changes its speed under one's hands, so an absolute figure says little and two figures
+from two runs say nothing. Here each round lets everybody do the work once, in an order that turns, and a ratio is taken
+within the round. What is reported is the median of the ratios and their spread.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from tests.bench import machine
+
+Better = Literal["higher", "lower"]
+Work = Callable[[], float]
+"""Does the work once and returns the figure, in the metric's unit."""
+
+LEAST_ROUNDS = 5
+"""Fewer are for trying things out: a median of less says nothing of the spread."""
+
+
+class Unavailable(Exception):
+    """This cannot be measured here; the message says why and, where one can, what to do about it."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """We and one peer. `ratio_*` are above 1 where we are ahead, whichever way the metric counts."""
+
+    bench: str
+    metric: str
+    unit: str
+    better: Better
+    ours: float
+    peer: float
+    peer_name: str
+    ratio_median: float
+    ratio_min: float
+    ratio_max: float
+    rounds: int
+    goal: float | None
+    """The ratio that is asked for; None where a figure is only told."""
+    cache_line_ns: tuple[float, float]
+    """One-way time of a cache line between two processors, the least and the most seen meanwhile: see machine.py."""
+    commands: tuple[str, ...] = ()
+
+    @property
+    def reached(self) -> bool:
+        return self.goal is None or self.ratio_median >= self.goal
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass
+class Contest:
+    """One metric of one bench: ours against each peer. `commands` are what a reader would type to see it again."""
+
+    bench: str
+    metric: str
+    unit: str
+    ours: Work
+    peers: Mapping[str, Work]
+    better: Better = "higher"
+    goals: Mapping[str, float] = field(default_factory=dict)
+    commands: Sequence[str] = ()
+
+    def run(self, rounds: int, on_round: Callable[[int, str, float], None] = lambda *_: None) -> list[Row]:
+        """A warm-up of each that does not count, then `rounds` rounds; `on_round` is told (round, who, figure)."""
+        if not self.peers:
+            raise Unavailable("no peer can be had here, and a figure without one is not reported")
+        contestants = {"": self.ours, **self.peers}
+        for work in contestants.values():
+            work()
+        figures: dict[str, list[float]] = {name: [] for name in contestants}
+        states = [machine.cache_line_ns()]
+        for number in range(rounds):
+            for name in _turned(list(contestants), number):
+                figure = contestants[name]()
+                if not figure > 0:
+                    raise ValueError(f"{self.bench}, {self.metric}: {name or 'ours'} measured {figure} {self.unit}")
+                figures[name].append(figure)
+                on_round(number, name or "Net-Bridge", figure)
+            states.append(machine.cache_line_ns())
+        return [self._row(name, figures[""], figures[name], states) for name in self.peers]
+
+    def _row(self, name: str, ours: list[float], peer: list[float], states: list[float]) -> Row:
+        pairs = zip(ours, peer, strict=True)
+        ratios = [mine / theirs if self.better == "higher" else theirs / mine for mine, theirs in pairs]
+        return Row(
+            bench=self.bench,
+            metric=self.metric,
+            unit=self.unit,
+            better=self.better,
+            ours=statistics.median(ours),
+            peer=statistics.median(peer),
+            peer_name=name,
+            ratio_median=statistics.median(ratios),
+            ratio_min=min(ratios),
+            ratio_max=max(ratios),
+            rounds=len(ratios),
+            goal=self.goals.get(name),
+            cache_line_ns=(min(states), max(states)),
+            commands=tuple(self.commands),
+        )
+
+
+def _turned(names: list[str], number: int) -> Iterator[str]:
+    """Every round somebody else begins, so that nobody always runs on a processor that is warm, or tired."""
+    start = number % len(names)
+    yield from names[start:] + names[:start]

@@ -1,0 +1,116 @@
+"""The benches' arithmetic: rounds that turn, ratios taken within a round, a report that is merged."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.bench import machine, report
+from tests.bench.contest import Contest, Row, Unavailable, Work
+
+
+@pytest.fixture(autouse=True)
+def _near(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = itertools.cycle([60.0, 280.0])
+    monkeypatch.setattr(machine, "cache_line_ns", lambda: next(times))
+
+
+def figures(*numbers: float) -> Work:
+    """Work that measures these, the first of them in the warm-up."""
+    return iter(numbers).__next__
+
+
+def a_row(**changes: object) -> Row:
+    contest = Contest("port", "64 B", "frames/s", figures(1, 4, 6, 9), {"memif": figures(1, 2, 2, 2)})
+    return Row(**{**contest.run(3)[0].as_dict(), **changes})
+
+
+def test_the_ratio_is_taken_within_each_round_and_the_warm_up_does_not_count() -> None:
+    contest = Contest("port", "64 B", "frames/s", figures(99, 4, 6, 9), {"memif": figures(1, 2, 2, 3)})
+    (row,) = contest.run(3)
+    assert (row.ratio_median, row.ratio_min, row.ratio_max, row.rounds) == (3.0, 2.0, 3.0, 3)
+    assert (row.ours, row.peer, row.peer_name) == (6, 2, "memif")
+    assert row.cache_line_ns == (60.0, 280.0)
+
+
+def test_where_less_is_better_a_ratio_above_one_still_means_ahead() -> None:
+    contest = Contest("guest", "round trip", "µs", figures(1, 2, 2, 2), {"kernel": figures(1, 4, 4, 6)}, better="lower")
+    (row,) = contest.run(3)
+    assert (row.ratio_min, row.ratio_median, row.ratio_max) == (2.0, 2.0, 3.0)
+
+
+def test_everybody_begins_in_turn() -> None:
+    order: list[str] = []
+
+    def work(name: str) -> Work:
+        def do() -> float:
+            order.append(name)
+            return 1.0
+
+        return do
+
+    Contest("b", "m", "u", work("us"), {"x": work("x"), "y": work("y")}).run(3)
+    rounds = [order[start : start + 3] for start in range(3, 12, 3)]
+    assert rounds == [["us", "x", "y"], ["x", "y", "us"], ["y", "us", "x"]]
+
+
+def test_a_figure_without_a_peer_is_not_reported() -> None:
+    with pytest.raises(Unavailable, match="without one"):
+        Contest("b", "m", "u", figures(1), {}).run(3)
+
+
+def test_a_figure_of_nothing_is_an_error_that_names_who_measured_it() -> None:
+    with pytest.raises(ValueError, match="memif measured 0"):
+        Contest("b", "m", "u", figures(1, 1), {"memif": figures(1, 0)}).run(1)
+
+
+def test_a_goal_is_reached_by_the_median() -> None:
+    assert a_row(goal=3.0).reached
+    assert not a_row(goal=3.1).reached
+    assert "BELOW 3.1" in report.table([a_row(goal=3.1)])
+
+
+def test_a_later_run_replaces_its_bench_and_leaves_the_others(tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    report.merge([a_row(bench="port"), a_row(bench="tcp")], path)
+    report.merge([a_row(bench="port", metric="1518 B")], path)
+    assert [(row.bench, row.metric) for row in report.load(path)] == [("port", "1518 B"), ("tcp", "64 B")]
+    assert report.load(path)[1] == a_row(bench="tcp")
+    wanted = {
+        "bench",
+        "metric",
+        "unit",
+        "ours",
+        "peer",
+        "peer_name",
+        "ratio_median",
+        "ratio_min",
+        "ratio_max",
+        "rounds",
+    }
+    assert wanted <= set(json.loads(path.read_text())[0])
+
+
+def test_the_page_keeps_what_is_written_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = tmp_path / "performance.md"
+    page.write_text(f"# Before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    monkeypatch.setattr(report, "load", lambda: [a_row(commands=("make bench",))])
+    monkeypatch.setattr(report, "MACHINE", tmp_path / "none")
+    report.write_page(page)
+    text = page.read_text()
+    assert text.startswith("# Before\n")
+    assert text.endswith("\nafter\n")
+    assert "| 64 B | frames/s |" in text
+    assert "make bench" in text
+    assert "old" not in text
+
+
+def test_a_page_without_its_marks_is_not_touched(tmp_path: Path) -> None:
+    page = tmp_path / "performance.md"
+    page.write_text("no marks\n")
+    with pytest.raises(ValueError, match="lacks the line"):
+        report.write_page(page)
+    assert page.read_text() == "no marks\n"

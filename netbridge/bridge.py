@@ -13,7 +13,6 @@ import os
 import select
 from enum import Enum
 
-import vfio
 from netbridge.datapath._core import lib
 from netbridge.errors import DeviceError, NetbridgeError
 from netbridge.ipc.errors import Reason
@@ -23,14 +22,16 @@ from netbridge.ipc.server import ClientGone, ClientReady, PortServer
 from netbridge.ipc.session import next_session
 from netbridge.log import Log
 from netbridge.metrics import DEVICE_FAULTS, REFUSALS
-from netbridge.session import BUFFER_STRIDE, Session, Settings
+from netbridge.session import BUFFER_STRIDE, AddressSpace, Session, Settings
 from netbridge.virtio.errors import Gone
 from netbridge.virtio.net import NetDevice
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import Any
+    from typing import Any, Protocol
+else:
+    Protocol = object
 
 
 class Stop(Enum):
@@ -41,6 +42,20 @@ class Stop(Enum):
     UNPLUG = "the device is to be unplugged"
 
 
+class Link(Protocol):
+    """The way to a device that comes and goes without its driver's end."""
+
+    @property
+    def there(self) -> bool:
+        """Whether the device is there, as far as is known."""
+
+    def fileno(self) -> int:
+        """Readable when `attend` has something to see to."""
+
+    def attend(self) -> bool:
+        """Whether the device is there now. Raises DeviceError when it is not to be had any more."""
+
+
 class Bridge:
     """Serves clients of `server` with frames of `net` until something stops it.
 
@@ -49,7 +64,7 @@ class Bridge:
     def __init__(
         self,
         net: NetDevice,
-        iommu: vfio.Iommu,
+        iommu: AddressSpace,
         server: PortServer,
         counters: Any,
         log: Log,
@@ -59,13 +74,16 @@ class Bridge:
         ready: Callable[[], None] = lambda: None,
         request_fd: int | None = None,
         error_fd: int | None = None,
+        link: Link | None = None,
     ) -> None:
         """`stop_fd` becomes readable when the bridge is to stop: with a word to say so, or at its end because nobody is
         left to say it. `ready` is called once clients can be served. `request_fd` and `error_fd` are the device's
-        request (unplug) and error interrupts where it has them."""
+        request (unplug) and error interrupts where it has them; `link` is for a device that may be gone and come back:
+        each time the session ends, and the next one begins when it is there again."""
         self._net = net
         self._iommu = iommu
         self._server = server
+        self._link = link
         self._ready = ready
         self._counters = counters
         self._log = log
@@ -81,6 +99,8 @@ class Bridge:
             self._sources[request_fd] = self._on_request
         if error_fd is not None:
             self._sources[error_fd] = self._on_device_error
+        if link is not None:
+            self._sources[link.fileno()] = self._on_link
         if net.interrupts.config_fd >= 0:
             self._sources[net.interrupts.config_fd] = self._on_config_change
 
@@ -113,8 +133,17 @@ class Bridge:
     # ---- Sessions -------------------------------------------------------------------------------------------------
 
     def _prepare(self) -> None:
-        """Makes the device ready to go, and a session for whoever comes."""
+        """Makes the device ready to go, and a session for whoever comes, unless there is no device at the moment."""
         self._restart = False
+        try:
+            if self._link is None or self._link.there:
+                self._make_session()
+        except Gone as error:
+            self._wait_for_link(error)
+        if self._session is None:
+            self._server.withdraw()
+
+    def _make_session(self) -> None:
         self._net.configure()
         facts = self._net.facts
         room = BUFFER_STRIDE - DEFAULT_HEADROOM + facts.header_bytes
@@ -132,7 +161,12 @@ class Bridge:
     def _begin_serving(self, event: ClientReady) -> None:
         assert self._session is not None
         self._session.start_pump(self._counters, self._control_fd, self._settings.spin_us)
-        self._net.start()
+        try:
+            self._net.start()
+        except Gone as error:
+            self._wait_for_link(error)
+            self._device_failed("gone")
+            return
         self._counters.sessions += 1
         self._serving = True
         self._log("serving", session=event.session, client=event.peer.name, pid=event.peer.pid, uid=event.peer.uid)
@@ -204,6 +238,26 @@ class Bridge:
             f"{self._net.name}: the device reported an unrecoverable error; the kernel's log has more (AER)"
         )
 
+    def _on_link(self, _fd: int) -> None:
+        """The device came, went, or complains."""
+        assert self._link is not None
+        there = self._link.attend()
+        if self._session is None:
+            self._restart = there and self._settings.share
+            return
+        try:
+            if there and not self._net.needs_reset():
+                return
+        except Gone:
+            there = False
+        self._device_failed("needs_reset" if there else "gone")
+
+    def _wait_for_link(self, error: Gone) -> None:
+        """A device that comes back is waited for; the loss of any other is an error."""
+        if self._link is None:
+            raise error
+        self._log("device_gone", why=error)
+
     def _on_config_change(self, fd: int) -> None:
         os.eventfd_read(fd)
         self._look_at_config()
@@ -215,7 +269,10 @@ class Bridge:
                 self._device_failed("needs_reset")
                 return
         except Gone:
-            self._stop = Stop.UNPLUG
+            if self._link is None:
+                self._stop = Stop.UNPLUG
+            else:
+                self._device_failed("gone")
             return
         facts = self._net.facts
         link_up = self._net.link_up()

@@ -86,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Claims the PCI function that the manifest names and serves its port until SIGTERM, Ctrl-C or an unplug; then "
-        "resets the device and gives it back to the driver it had. Needs root."
+        "resets the device and gives it back to the driver it had. Needs root, but not with --vhost-user."
     )
     parser.add_argument("manifest", help="a vnode.yml, or the name of one that comes with the package (net-bridge)")
     parser.add_argument("--pci", metavar="ADDRESS", help="refuse to start unless the manifest names this function")
@@ -124,8 +124,26 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         "--interface", choices=("auto", "group", "iommufd"), help="which VFIO interface (default: %(default)s)"
     )
     parser.add_argument("--json", action="store_true", help="print the final counters as JSON on stdout")
+    process = parser.add_argument_group(
+        "a device that is another process",
+        "For development without root and VFIO: a vhost-user back-end, such as DPDK's net_vhost, in the place of the "
+        "PCI function. Manifest, port and services are the same, but the manifest's function and interrupt are not "
+        "used, and the driver is not confined.",
+    )
+    process.add_argument("--vhost-user", metavar="PATH", help="the back-end's socket")
+    process.add_argument(
+        "--vhost-user-listen", action="store_true", help="listen at PATH; the back-end connects (DPDK: client=1)"
+    )
+    process.add_argument("--mac", metavar="ADDRESS", help="the device's MAC address (default: one is made up)")
+    process.add_argument(
+        "--back-end-timeout",
+        metavar="SECONDS",
+        type=_seconds,
+        help="how long to wait for a back-end that is not there, or went away (default: %(default)g)",
+    )
     parser.set_defaults(
         verb=_run,
+        back_end_timeout=30.0,
         socket=f"{RUN_DIRECTORY}/aethernet.sock",
         rx_buffers=1024,
         tx_buffers=512,
@@ -142,35 +160,65 @@ def _run(options: argparse.Namespace) -> int:
     from netbridge.vnode.manifest import Manifest
     from vfio.pci import PciAddress
 
+    if options.vhost_user is None and (options.vhost_user_listen or options.mac):
+        raise UsageError("--vhost-user-listen and --mac are for a device given with --vhost-user PATH")
     manifest = Manifest.open(options.manifest)
     granted = manifest.capabilities
-    outcome = monitor.run(
-        manifest,
-        monitor.Options(
-            pci=PciAddress.parse(options.pci) if options.pci else None,
-            socket_path=options.socket,
-            counters_path=options.counters or f"{options.socket}.counters",
-            service_uids=_service_uids(options.service_uid),
-            driver_user=options.driver_user,
-            without_features=options.without,
-            interface=options.interface,
-            settings=Settings(
-                rx_buffers=options.rx_buffers,
-                tx_buffers=options.tx_buffers,
-                spin_us=options.spin_us,
-                rx_read_only=granted.mem_share == "ro",
-                share=granted.mem_share is not None,
-            ),
-        ),
-        Log(granted.log),
-        lambda text: print(f"netbridge: warning: {text}", file=sys.stderr, flush=True),
+    settings = Settings(
+        rx_buffers=options.rx_buffers,
+        tx_buffers=options.tx_buffers,
+        spin_us=options.spin_us,
+        rx_read_only=granted.mem_share == "ro",
+        share=granted.mem_share is not None,
     )
+    counters_path = options.counters or f"{options.socket}.counters"
+    service_uids = _service_uids(options.service_uid)
+    log = Log(granted.log)
+    if options.vhost_user is not None:
+        from netbridge import vhost
+
+        outcome = vhost.run(
+            manifest,
+            vhost.Options(
+                path=options.vhost_user,
+                listen=options.vhost_user_listen,
+                mac=vhost.parse_mac(options.mac) if options.mac else None,
+                patience_seconds=options.back_end_timeout,
+                socket_path=options.socket,
+                counters_path=counters_path,
+                service_uids=service_uids,
+                without_features=options.without,
+                settings=settings,
+            ),
+            log,
+            _warn,
+        )
+    else:
+        outcome = monitor.run(
+            manifest,
+            monitor.Options(
+                pci=PciAddress.parse(options.pci) if options.pci else None,
+                socket_path=options.socket,
+                counters_path=counters_path,
+                service_uids=service_uids,
+                driver_user=options.driver_user,
+                without_features=options.without,
+                interface=options.interface,
+                settings=settings,
+            ),
+            log,
+            _warn,
+        )
     if options.json:
         print(json.dumps(outcome.counters))
     if outcome.why is Stop.UNPLUG:
         print("netbridge: the device was taken away (unplugged, or unbound from vfio-pci)", file=sys.stderr)
         return ExitCode.DEVICE
     return ExitCode.INTERRUPTED if outcome.signal == signal.SIGINT else ExitCode.OK
+
+
+def _warn(text: str) -> None:
+    print(f"netbridge: warning: {text}", file=sys.stderr, flush=True)
 
 
 def _service_uids(names: list[str] | None) -> list[int]:
@@ -197,6 +245,16 @@ def _microseconds(text: str) -> int:
     if not (text.isdecimal() and int(text) <= 1_000_000):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of microseconds from 0 to 1000000")
     return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds <= 86400:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0, at most 86400")
+    return seconds
 
 
 # ---- check, stats, debug, restore ----------------------------------------------------------------------------------

@@ -18,7 +18,9 @@ from netbridge.virtio.net import NetDevice
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any
+    from typing import Any, Protocol, Self
+else:
+    Protocol = object
 
 BUFFER_STRIDE = 2048
 MAX_MERGED_BUFFERS = 34  # a 64 KiB frame and its header in buffers of 2 KiB, rounded up
@@ -55,11 +57,26 @@ class Settings:
         return (self.rx_buffers + self.tx_buffers) * BUFFER_STRIDE
 
 
+class AddressSpace(Protocol):
+    """What maps memory for the device: a `vfio.Iommu`, or what stands in for it where the device is a process."""
+
+    def map(self, memory: vfio.Memory, *, read: bool = True, write: bool = True) -> Mapping: ...
+
+
+class Mapping(Protocol):
+    """Memory that the device reaches at `iova`; leaving the context unmaps it."""
+
+    @property
+    def iova(self) -> int: ...
+    def __enter__(self) -> Self: ...
+    def __exit__(self, *_: object) -> None: ...
+
+
 class Session:
     """One session's buffers, ledgers and pump. `close` needs the device to be out of service: the caller resets it
     between `stop_pump` and `close`."""
 
-    def __init__(self, number: int, net: NetDevice, iommu: vfio.Iommu, settings: Settings) -> None:
+    def __init__(self, number: int, net: NetDevice, iommu: AddressSpace, settings: Settings) -> None:
         self.number = number
         self._net = net
         self._pump = ffi.NULL
@@ -145,7 +162,7 @@ class Session:
         last in them and nothing that comes later."""
         self._stack.close()
 
-    def _new_ledger(self, memory: vfio.Memory, mapping: vfio.DmaMapping, region: Any, region_id: int) -> Any:
+    def _new_ledger(self, memory: vfio.Memory, mapping: Mapping, region: Any, region_id: int) -> Any:
         place = ffi.new(
             "struct nb_region *",
             {

@@ -43,7 +43,8 @@ class NetDevice:
 
     Takes over `transport`, also when it fails, and closes it in `close`; `memory` stays the caller's. `rx_size` and
     `tx_size` are the most entries to use of each queue, a power of two; the device may allow fewer. `wanted` comes from
-    `features.select`. `reset_deadline_s` is how long, in seconds, the device may take to reset.
+    `features.select`; a device without those of `required` is refused. `reset_deadline_s` is how long, in seconds, the
+    device may take to reset.
 
     Whatever fails between `configure` and `start` sets FAILED, resets the device (or, when that fails too, cuts it off
     from memory), and leaves the state FAILED, from which `reset` and `configure` lead out.
@@ -58,12 +59,14 @@ class NetDevice:
         rx_size: int = DEFAULT_QUEUE,
         tx_size: int = DEFAULT_QUEUE,
         wanted: Sequence[Feature] = features.SUPPORTED,
+        required: Sequence[Feature] = features.REQUIRED,
         reset_deadline_s: float = RESET_DEADLINE_S,
     ) -> None:
         self.name = transport.name
         self.state = State.FOUND
         self._transport = transport
         self._wanted = tuple(wanted)
+        self._required = tuple(required)
         self._sizes = (rx_size, tx_size)
         self._reset_deadline_s = reset_deadline_s
         self._negotiation: Negotiation | None = None
@@ -219,7 +222,7 @@ class NetDevice:
 
     def _agree_on_features(self) -> None:
         offered = self._transport.read_device_features()
-        self._negotiation = features.negotiate(offered, self._wanted, device=self.name)
+        self._negotiation = features.negotiate(offered, self._wanted, self._required, device=self.name)
         self._transport.write_driver_features(self._negotiation.agreed)
 
     def _require_features_ok(self) -> None:

@@ -432,6 +432,9 @@ class VirtioPci:
     def notify_address(self, index: int) -> int:
         return self._structures[Kind.NOTIFY].bar.address(self._notify_offset(index), 2)
 
+    def notify_fd(self, index: int) -> int:  # noqa: ARG002 - the protocol's
+        return -1
+
     def enable_vectors(self, eventfds: Sequence[int]) -> None:
         self._device.irqs.enable_msix(list(eventfds))
         self._interrupts = "msix"

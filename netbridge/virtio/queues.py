@@ -116,6 +116,7 @@ class QueueSet:
         config.memory = ffi.cast("void *", memory.address)
         config.iova = memory.iova
         config.notify = ffi.cast("volatile void *", self._transport.notify_address(plan.number))
+        config.kick_fd = self._transport.notify_fd(plan.number)
         handle = lib.nb_virtqueue_new(config)
         if handle == ffi.NULL:
             raise MemoryError(f"{self._transport.name}: no memory for queue {plan.number} of {config.size} entries")
@@ -135,7 +136,7 @@ class QueueSet:
 
 def _config(number: int, size: int) -> Any:
     """A `struct nb_virtqueue_config`, but for what follows from where the queue's memory is."""
-    return ffi.new("struct nb_virtqueue_config *", {"index": number, "size": size, "kick_fd": -1})
+    return ffi.new("struct nb_virtqueue_config *", {"index": number, "size": size})
 
 
 def _layout(config: Any) -> Any:

@@ -108,10 +108,13 @@ class Transport(Protocol):
         """Tell the device that a queue has new buffers. Not before DRIVER_OK."""
 
     def notify_address(self, index: int) -> int:
-        """Address in this process to write a queue's 16-bit index to, for C. Valid until `close`.
+        """Address in this process to write a queue's 16-bit index to, for C; 0: there is none. Valid until `close`.
 
         Raises Misbehaved when it would lie outside the notification structure.
         """
+
+    def notify_fd(self, index: int) -> int:
+        """Eventfd to notify by where there is no such address, else -1. Owned by the transport until `close`."""
 
     def enable_vectors(self, eventfds: Sequence[int]) -> None:
         """Deliver vector i to `eventfds[i]`. The transport does not own them."""

@@ -231,6 +231,9 @@ class FakeTransport:
     def notify(self, index: int) -> None:
         self.model.notify(index)
 
+    def notify_fd(self, index: int) -> int:
+        return -1
+
     def notify_address(self, index: int) -> int:
         return self._registers.address + 4 * index
 

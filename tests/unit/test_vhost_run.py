@@ -1,0 +1,165 @@
+"""`netbridge run --vhost-user` as a user starts it: a process, its port, and a back-end that comes and goes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from netbridge import client
+from netbridge.errors import UsageError
+from netbridge.ipc.errors import PortClosed, Reason
+from netbridge.vhost import parse_mac
+from tests.unit.vhost_fakes import FakeBackEnd
+
+DEADLINE_S = 20.0
+
+
+class Run:
+    def __init__(self, directory: Path, *options: str) -> None:
+        self.socket = directory / "port.sock"
+        command = [sys.executable, "-m", "netbridge", "run", "net-bridge", "--vhost-user", str(directory / "back-end")]
+        command += ["--socket", str(self.socket), "--service-uid", str(os.getuid()), "--rx-buffers", "64", "--json"]
+        self.process = subprocess.Popen([*command, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def connect(self) -> client.Client:
+        return client.connect(self.socket, name="test", timeout=DEADLINE_S, wait=DEADLINE_S)
+
+    def end(self, signal_: signal.Signals = signal.SIGTERM) -> tuple[int, str, str]:
+        self.process.send_signal(signal_)
+        out, err = self.process.communicate(timeout=DEADLINE_S)
+        return self.process.returncode, out, err
+
+
+@contextmanager
+def running(directory: Path, *options: str) -> Iterator[Run]:
+    run = Run(directory, *options)
+    try:
+        yield run
+    finally:
+        if run.process.poll() is None:
+            run.process.kill()
+        run.process.communicate()
+
+
+@contextmanager
+def listening(directory: Path) -> Iterator[socket.socket]:
+    path = directory / "back-end"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen(1)
+        listener.settimeout(DEADLINE_S)
+        try:
+            yield listener
+        finally:
+            path.unlink()
+
+
+def accept(listener: socket.socket) -> FakeBackEnd:
+    """The connection that is made next, served by a back-end of its own."""
+    back_end = FakeBackEnd()
+    back_end.start(listener.accept()[0])
+    return back_end
+
+
+def test_session_ends_with_the_back_end_and_the_next_begins_with_the_next(tmp_path: Path) -> None:
+    with running(tmp_path, "--mac", "52:54:00:12:34:56") as run:
+        # It waits for a back-end that comes later than itself.
+        with listening(tmp_path) as listener:
+            first = accept(listener)
+            with run.connect() as port:
+                assert port.mac.hex(":") == "52:54:00:12:34:56"
+                session = port.session
+                first.await_kick(DEADLINE_S)
+                first.die()
+                with pytest.raises(PortClosed) as closed:
+                    port.receive(timeout=DEADLINE_S)
+                assert closed.value.reason is Reason.DEVICE_RESET
+            second = accept(listener)
+            with run.connect() as port:
+                assert port.session != session
+                second.await_kick(DEADLINE_S)
+        code, out, err = run.end()
+    second.join()
+    assert code == 0
+    assert "CAP_HARDWARE_IO_PCI and CAP_IRQ_REGISTER are not used" in err
+    assert "Traceback" not in err
+    assert json.loads(out)["sessions"] == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == []
+
+
+def test_back_end_connects_to_us(tmp_path: Path) -> None:
+    with running(tmp_path, "--vhost-user-listen") as run:
+        path = tmp_path / "back-end"
+        for _ in range(2):
+            back_end = FakeBackEnd()
+            stream = socket.socket(socket.AF_UNIX)
+            _connect(stream, path)
+            back_end.start(stream)
+            with run.connect() as port:
+                back_end.die()
+                with pytest.raises(PortClosed):
+                    port.receive(timeout=DEADLINE_S)
+        code, _, err = run.end(signal.SIGINT)
+    assert code == 130
+    assert "Traceback" not in err
+    assert not path.exists()
+
+
+def _connect(stream: socket.socket, path: Path) -> None:
+    """There is no event for the first listen() at a path."""
+    deadline = time.monotonic() + DEADLINE_S
+    while stream.connect_ex(str(path)):
+        assert time.monotonic() < deadline, f"nobody listens at {path}"
+        time.sleep(0.01)
+
+
+def test_nobody_there(tmp_path: Path) -> None:
+    with running(tmp_path, "--back-end-timeout", "0.2") as run:
+        _, err = run.process.communicate(timeout=DEADLINE_S)
+    assert run.process.returncode == 4
+    assert f"{tmp_path}/back-end: no vhost-user back-end within 0.2 s: there is no such socket; start one" in err
+    assert "Traceback" not in err
+
+
+def test_back_end_that_is_none(tmp_path: Path) -> None:
+    with running(tmp_path) as run, listening(tmp_path) as listener:
+        stream, _ = listener.accept()
+        with stream:
+            stream.recv(12)
+            stream.send(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+            _, err = run.process.communicate(timeout=DEADLINE_S)
+    assert run.process.returncode == 4
+    assert "GET_FEATURES: it answered request" in err
+    assert "Traceback" not in err
+
+
+def test_stops_while_nobody_is_there(tmp_path: Path) -> None:
+    with running(tmp_path) as run:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
+            _connect(probe, run.socket)
+        code, _, err = run.end()
+    assert code == 0
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("text", ["", "52:54:00:12:34", "01:00:5e:00:00:01", "00:00:00:00:00:00", "52:54:00:12:34:zz"])
+def test_no_mac_address(text: str) -> None:
+    with pytest.raises(UsageError, match="MAC address"):
+        parse_mac(text)
+
+
+def test_options_that_need_a_back_end() -> None:
+    command = [sys.executable, "-m", "netbridge", "run", "net-bridge", "--mac", "52:54:00:12:34:56"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "--vhost-user PATH" in done.stderr

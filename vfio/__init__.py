@@ -10,7 +10,7 @@
             registers.write64(0x10, dma.iova)
 
 The guide is docs/vfio.md. Everything below is the whole public interface; modules whose names begin with an underscore
-are not. Every error is a `VfioError`.
+are not. Every error is a `VfioError`; only waiting on a closed `EventFd` is a ValueError, as with any file of Python's.
 """
 
 from vfio._backend import DeviceFds

@@ -59,8 +59,8 @@ class Backend:
         """Say that a device of that group was closed."""
         raise NotImplementedError
 
-    def group_fds(self) -> list[int]:
-        """The groups' files, which prove to the kernel who owns the devices of a hot reset."""
+    def group_fds(self) -> dict[int, int]:
+        """The groups' files by number, which prove to the kernel who owns the devices of a hot reset."""
         raise NotImplementedError
 
     def info(self) -> IommuInfo:

@@ -41,7 +41,9 @@ def holders(path: str, proc_root: str = "/proc", but_not_fd: int = -1) -> list[t
             except OSError:
                 continue
             if target == path:
-                found.append((int(pid), _text(f"{proc_root}/{pid}/comm") or "?"))
+                # A process calls itself what it likes.
+                name = _text(f"{proc_root}/{pid}/comm") or "?"
+                found.append((int(pid), "".join(c if c.isprintable() else "?" for c in name)))
                 break
     return sorted(found)
 
@@ -167,7 +169,10 @@ def iommu_refused(function: PciFunction, error: OSError, module: str) -> VfioErr
             fix="turn interrupt remapping on (firmware; QEMU: intel-iommu,intremap=on and kernel-irqchip=split); "
             f"only in a throw-away guest: the module parameter {module}.allow_unsafe_interrupts=1",
         )
-    return VfioError(doing, device=function.address, errno=error.errno)
+    cause = None
+    if error.errno == errno.EADDRINUSE:
+        cause = "something is mapped there already at addresses that this device cannot use"
+    return VfioError(doing, device=function.address, errno=error.errno, cause=cause)
 
 
 def locked_memory() -> tuple[int | None, int | None, bool]:

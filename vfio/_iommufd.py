@@ -127,8 +127,8 @@ class Ioas(Backend):
     def detach(self, group_fd: int) -> None:
         pass  # closing the device's file did it
 
-    def group_fds(self) -> list[int]:
-        return []  # with a character device the kernel knows the owner without them
+    def group_fds(self) -> dict[int, int]:
+        return {}  # with a character device the kernel knows the owner without them
 
     def info(self) -> IommuInfo:
         count = 16

@@ -109,8 +109,8 @@ class Type1(Backend):
                 self._leave_if_empty(group)
                 return
 
-    def group_fds(self) -> list[int]:
-        return [group.fd for group in self._groups]
+    def group_fds(self) -> dict[int, int]:
+        return {group.number: group.fd for group in self._groups}
 
     def _enter_group(self, function: PciFunction, dev_root: str) -> _Group:
         number = function.iommu_group

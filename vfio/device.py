@@ -305,18 +305,27 @@ class Device:
         `hot_reset_dependents` lists: they must all be bound to vfio-pci, and their groups open in the same `Iommu`.
         Raises `NotPermitted`, which names those that are not."""
         dependents = self.hot_reset_dependents()
-        groups = self.iommu._backend.group_fds()
-        if self._adopted and self._group_fd >= 0:
-            groups = [self._group_fd]
+        # Of an address space's groups only those concerned: the kernel refuses more files than there are functions.
+        concerned = {d.group for d in dependents}
+        groups = {number: fd for number, fd in self.iommu._backend.group_fds().items() if number in concerned}
+        if self._adopted and None not in concerned:
+            if self._group_fd < 0:
+                raise Unsupported(
+                    "cannot reset its slot or bus",
+                    device=self.address,
+                    cause="it was handed over without its group's file",
+                    fix="send DeviceFds.group along with the others",
+                )
+            groups = {d.group: self._group_fd for d in dependents if d.group is not None and d.address == self.address}
         request = _sys.struct("vfio_pci_hot_reset", group_fds=len(groups))
         request.count = len(groups)
-        for i, fd in enumerate(groups):
+        for i, fd in enumerate(groups.values()):
             request.group_fds[i] = fd
         try:
             _sys.call(self._open(), _abi.VFIO_DEVICE_PCI_HOT_RESET, request)
         except OSError as error:
             if error.errno in (errno.EPERM, errno.EINVAL, errno.EACCES):
-                others = [str(d.address) for d in dependents if d.address != self.address and not d.owned]
+                others = [str(d.address) for d in dependents if not (d.owned or d.group in groups)]
                 raise NotPermitted(
                     "cannot reset its slot or bus",
                     device=self.address,

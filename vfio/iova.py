@@ -106,7 +106,7 @@ class IovaAllocator:
         self._take(bisect_right(self._free, (iova, _SPACE)) - 1, iova, size)
 
     def release(self, iova: int, size: int) -> None:
-        """Give back what `allocate` or `reserve` took."""
+        """Give back what `allocate` or `reserve` took, all of one piece; ValueError for anything else."""
         piece = (iova, iova + size)
         i = bisect_left(self._taken, piece)
         if self._taken[i : i + 1] != [piece]:

@@ -60,7 +60,8 @@ def why_not(mode: str) -> str | None:
     """Why this kernel does not offer a way in, or None when it does."""
     node = Path("/dev/iommu" if mode.startswith("iommufd") else "/dev/vfio/vfio")
     if not node.exists():
-        return f"this kernel has no {node}"
+        option = "CONFIG_IOMMUFD" if mode.startswith("iommufd") else "CONFIG_VFIO_CONTAINER"
+        return f"this kernel has no {node} ({option} is off)"
     if mode == "iommufd":
         return None if (Path("/sys/class/vfio-dev")).exists() else "this kernel has no VFIO character devices"
     fd = os.open(node, os.O_RDWR | os.O_CLOEXEC)
@@ -73,6 +74,14 @@ def why_not(mode: str) -> str | None:
         return f"{node} is no VFIO container ({errno.errorcode[error.errno or 0]})"
     finally:
         os.close(fd)
+
+
+def usable(mode: str) -> str:
+    """The mode; the test is skipped where this kernel does not offer it."""
+    reason = why_not(mode)
+    if reason is not None:
+        pytest.skip(reason)
+    return mode
 
 
 def find(ids: tuple[int, int], *, alone: bool = True) -> vfio.PciFunction | None:

@@ -13,7 +13,7 @@ import pytest
 
 import vfio
 from tests.unit.vfio_fakes import FakeKernel, FakeSysfs, open_fds
-from vfio import _abi, _sys
+from vfio import _abi, _diagnose, _sys
 
 ADDRESS = "0000:00:03.0"
 
@@ -527,3 +527,48 @@ def test_files_are_not_handed_over_from_a_closed_space(machine: Machine) -> None
         iommu.close()
         with pytest.raises(vfio.VfioError, match="address space is closed"):
             _ = device.fds
+
+
+def test_hot_reset_gives_the_groups_that_it_concerns_only(machine: Machine) -> None:
+    """The kernel refuses more files than there are functions to reset."""
+    machine.sysfs.function("0000:00:04.0", driver="vfio-pci", group=8)
+    (machine.kernel.dev / "vfio/8").write_bytes(b"")
+    machine.kernel.hot_reset = [(7, 0, 0, 0x18)]
+    with vfio.Iommu.open("group", **machine.options) as iommu, machine.open(iommu=iommu) as one:
+        with machine.open(iommu=iommu, address="0000:00:04.0"):
+            one.hot_reset()
+            assert machine.kernel.hot_reset_groups == [one.fds.group]
+            machine.kernel.hot_reset = [(7, 0, 0, 0x18), (7, 0, 0, 0x19), (8, 0, 0, 0x20), (9, 0, 0, 0x28)]
+            machine.kernel.fail[_abi.VFIO_DEVICE_PCI_HOT_RESET] = errno.EINVAL
+            with pytest.raises(vfio.NotPermitted, match=r": it would reset 0000:00:05.0 too; bind those"):
+                one.hot_reset()
+
+
+@pytest.mark.parametrize("with_group", [True, False])
+def test_hot_reset_of_a_device_that_was_handed_over(machine: Machine, with_group: bool) -> None:
+    machine.kernel.hot_reset = [(7, 0, 0, 0x18)]
+    with machine.open() as first:
+        fds = first.fds
+        group = os.dup(fds.group) if with_group else -1
+        copies = fds._replace(device=os.dup(fds.device), iommu=os.dup(fds.iommu), group=group)
+        with vfio.Device.from_fds(ADDRESS, copies) as device:
+            if with_group:
+                device.hot_reset()
+                assert machine.kernel.hot_reset_groups == [group]
+            else:
+                with pytest.raises(vfio.Unsupported, match=r"without its group's file; send DeviceFds.group"):
+                    device.hot_reset()
+
+
+def test_a_mapping_in_a_newcomers_way(machine: Machine) -> None:
+    machine.kernel.fail[_abi.VFIO_DEVICE_ATTACH_IOMMUFD_PT] = errno.EADDRINUSE
+    with pytest.raises(vfio.VfioError, match="at addresses that this device cannot use"):
+        machine.open("iommufd")
+
+
+def test_a_holder_with_a_name_of_several_lines(tmp_path: Path) -> None:
+    fds = tmp_path / "42/fd"
+    fds.mkdir(parents=True)
+    (fds / "3").symlink_to("/dev/vfio/7")
+    (tmp_path / "42/comm").write_text("a\nb\x1b[2J\n")
+    assert _diagnose.describe_holders(["/dev/vfio/7"], str(tmp_path)) == "held by process 42 (a?b?[2J)"

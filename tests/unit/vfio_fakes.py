@@ -141,6 +141,7 @@ class FakeKernel:
         self.device_flags = _abi.VFIO_DEVICE_FLAGS_PCI | _abi.VFIO_DEVICE_FLAGS_RESET
         self.hot_reset: list[tuple[int, int, int, int]] = []
         self.hot_reset_flags = 0
+        self.hot_reset_groups: list[int] = []  # the files that proved ownership
         (dev / "vfio/devices").mkdir(parents=True)
         for node in ("vfio/vfio", f"vfio/{group}", "iommu"):
             (dev / node).write_bytes(b"")
@@ -288,6 +289,13 @@ class FakeKernel:
             request.length = self._take(request.iova, request.length)
         return 0
 
+    def _hot_reset(self, argument: Any) -> int:
+        request = _view("vfio_pci_hot_reset", argument)
+        self.hot_reset_groups = list(request.group_fds[0 : request.count])
+        if request.count > len(self.hot_reset):
+            raise OSError(errno.EINVAL, "fake")
+        return 0
+
     def _hot_reset_info(self, argument: Any) -> int:
         info = _view("vfio_pci_hot_reset_info", argument)
         room = (info.argsz - ffi.sizeof("struct vfio_pci_hot_reset_info")) // 8
@@ -322,7 +330,7 @@ class FakeKernel:
         _abi.VFIO_DEVICE_RESET: lambda self, _: 0,
         _abi.VFIO_DEVICE_FEATURE: _feature,
         _abi.VFIO_DEVICE_GET_PCI_HOT_RESET_INFO: _hot_reset_info,
-        _abi.VFIO_DEVICE_PCI_HOT_RESET: lambda self, _: 0,
+        _abi.VFIO_DEVICE_PCI_HOT_RESET: _hot_reset,
         _abi.VFIO_DEVICE_BIND_IOMMUFD: lambda self, _: 0,
         _abi.VFIO_DEVICE_ATTACH_IOMMUFD_PT: lambda self, _: 0,
     }

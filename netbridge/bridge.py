@@ -24,6 +24,7 @@ from netbridge.log import Log
 from netbridge.metrics import DEVICE_FAULTS, REFUSALS
 from netbridge.session import BUFFER_STRIDE, AddressSpace, Session, Settings
 from netbridge.virtio.errors import Gone
+from netbridge.virtio.facts import LinkState
 from netbridge.virtio.net import NetDevice
 
 TYPE_CHECKING = False
@@ -90,6 +91,7 @@ class Bridge:
         self._settings = settings
         self._session: Session | None = None
         self._number = int.from_bytes(os.urandom(2), "little")
+        self._link_state = LinkState()
         self._serving = False
         self._restart = False
         self._stop: Stop | None = None
@@ -101,8 +103,7 @@ class Bridge:
             self._sources[error_fd] = self._on_device_error
         if link is not None:
             self._sources[link.fileno()] = self._on_link
-        if net.interrupts.config_fd >= 0:
-            self._sources[net.interrupts.config_fd] = self._on_config_change
+        self._sources[net.interrupts.config_fd] = self._on_config_change
 
     def run(self) -> Stop:
         """Serves until stopped, and says why it stopped. The device is reset when this returns or raises."""
@@ -152,11 +153,11 @@ class Bridge:
                 f"{self._net.name}: a frame of its MTU of {facts.mtu} does not fit one receive buffer ({room} bytes), "
                 "and without MRG_RXBUF it cannot span several; use MRG_RXBUF, or give the device a smaller MTU"
             )
-        self._server.update(Facts(facts.mac, mtu=facts.mtu, link_up=facts.link_up))
+        self._tell(facts.link)
         self._number = next_session(self._number)
         self._session = Session(self._number, self._net, self._iommu, self._settings)
         self._server.offer(self._session.port)
-        self._log("prepared", session=self._number, mac=facts.mac_text, mtu=facts.mtu, link_up=facts.link_up)
+        self._log("prepared", session=self._number, mac=facts.mac_text, mtu=facts.mtu, link_up=facts.link.up)
 
     def _begin_serving(self, event: ClientReady) -> None:
         assert self._session is not None
@@ -274,11 +275,17 @@ class Bridge:
             else:
                 self._device_failed("gone")
             return
+        link = self._net.link()
+        if link != self._link_state:
+            self._counters.link_changes += link.up != self._link_state.up
+            self._log("link", up=link.up, speed_mbps=link.speed_mbps)
+            self._tell(link)
+
+    def _tell(self, link: LinkState) -> None:
+        """Has the client, and whoever comes next, know of the link."""
+        self._link_state = link
         facts = self._net.facts
-        link_up = self._net.link_up()
-        self._counters.link_changes += 1
-        self._log("link", up=link_up)
-        self._server.update(Facts(facts.mac, mtu=facts.mtu, link_up=link_up))
+        self._server.update(Facts(facts.mac, facts.mtu, link.up, link.speed_mbps))
 
     def _device_failed(self, why: str) -> None:
         self._log("device_fault", reason=why)

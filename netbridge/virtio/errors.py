@@ -51,3 +51,15 @@ class Gone(DeviceError):
 
 class WrongState(DeviceError):
     """Something was asked of the device that its state does not allow; the message says why never."""
+
+
+class NotOffered(DeviceError):
+    """Something was asked of the device for which it lacks a feature, or for which the feature was turned off."""
+
+
+class ControlRefused(DeviceError):
+    """The device said no to a command on its control queue (virtio 1.3 §5.1.6.5). It goes on as before."""
+
+
+class ControlTimeout(DeviceError):
+    """The device did not answer a command in time. What became of it is not known: it must be reset."""

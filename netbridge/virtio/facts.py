@@ -22,12 +22,34 @@ ETHERNET_HEADER_BYTES = 14
 DEFAULT_MTU = 1500
 SMALLEST_MTU = 68  # §5.1.4.1
 LARGEST_PAIRS = 0x8000  # §5.1.4.1
-LINK_UP = 1  # VIRTIO_NET_S_LINK_UP
+LINK_UP, ANNOUNCE = 1, 2  # VIRTIO_NET_S_LINK_UP, VIRTIO_NET_S_ANNOUNCE
+LEAST_KEY, LEAST_TABLE = 40, 128  # of receive-side scaling (§5.1.4.1)
+FASTEST, UNKNOWN_SPEED = 0x7FFFFFFF, 0xFFFFFFFF  # §5.1.4.1
 
 MAC_FIELD = ConfigField("mac", 0, 1, 6)
 STATUS_FIELD = ConfigField("status", 6, 2)
 PAIRS_FIELD = ConfigField("max_virtqueue_pairs", 8, 2)
 MTU_FIELD = ConfigField("mtu", 10, 2)
+SPEED_FIELD = ConfigField("speed", 12, 4)
+KEY_FIELD = ConfigField("rss_max_key_size", 17, 1)
+TABLE_FIELD = ConfigField("rss_max_indirection_table_length", 18, 2)
+HASHES_FIELD = ConfigField("supported_hash_types", 20, 4)
+
+
+class LinkState(NamedTuple):
+    """What may change while the device is in service."""
+
+    up: bool = True  # also where the device does not tell (§5.1.4.2)
+    speed_mbps: int = 0  # 0: not known
+    announce: bool = False  # the driver is to announce itself, and to say that it has seen this (§5.1.6.5.4)
+
+
+class RssLimits(NamedTuple):
+    """What the device can do of receive-side scaling."""
+
+    key_bytes: int
+    table_entries: int
+    hash_types: int
 
 
 class NetFacts(NamedTuple):
@@ -36,10 +58,11 @@ class NetFacts(NamedTuple):
     mac: bytes  # six bytes
     mac_is_local: bool  # the device gave none, so this one was made up (locally administered)
     mtu: int  # the device's, or 1500 where it names none
-    link_up: bool  # True where the device does not tell (§5.1.4.2)
+    link: LinkState
     max_queue_pairs: int
     header_bytes: int  # of the virtio header in front of every frame, both ways
     smallest_rx_buffer: int  # bytes, header included, that every receive buffer must have (§5.1.6.3.1)
+    rss: RssLimits | None = None  # where RSS is agreed
 
     @property
     def mac_text(self) -> str:
@@ -57,19 +80,18 @@ def read_facts(transport: Transport, agreed: Negotiation, local_mac: bytes) -> N
     Raises Misbehaved for what no device may say, ConfigUnstable when it never holds still.
     """
     name = transport.name
-    fields = []
+    fields = _link_fields(agreed)
     if agreed.has(features.MAC):
         fields.append(MAC_FIELD)
-    if agreed.has(features.STATUS):
-        fields.append(STATUS_FIELD)
     # For this one it is enough that it is offered: it is told, not used.
     if agreed.was_offered(features.MQ) or agreed.was_offered(features.RSS):
         fields.append(PAIRS_FIELD)
     if agreed.has(features.MTU):
         fields.append(MTU_FIELD)
+    if agreed.has(features.RSS):
+        fields += [KEY_FIELD, TABLE_FIELD, HASHES_FIELD]
     values = read_consistently(transport, fields) if fields else {}
 
-    (link,) = values.get("status", (LINK_UP,))
     (pairs,) = values.get("max_virtqueue_pairs", (1,))
     (mtu,) = values.get("mtu", (DEFAULT_MTU,))
     if not 1 <= pairs <= LARGEST_PAIRS:
@@ -86,19 +108,52 @@ def read_facts(transport: Transport, agreed: Negotiation, local_mac: bytes) -> N
         mac=mac,
         mac_is_local="mac" not in values,
         mtu=mtu,
-        link_up=bool(link & LINK_UP),
+        link=_link(name, values),
         max_queue_pairs=pairs,
         header_bytes=HEADER_BYTES,
         smallest_rx_buffer=HEADER_BYTES if agreed.has(features.MRG_RXBUF) else HEADER_BYTES + frame,
+        rss=_rss_limits(name, values) if agreed.has(features.RSS) else None,
     )
 
 
-def read_link(transport: Transport, agreed: Negotiation) -> bool:
-    """Whether the link is up now; True where the device does not tell (§5.1.4.2). Raises ConfigUnstable."""
-    if not agreed.has(features.STATUS):
-        return True
-    (status,) = read_consistently(transport, [STATUS_FIELD])["status"]
-    return bool(status & LINK_UP)
+def read_link(transport: Transport, agreed: Negotiation) -> LinkState:
+    """The link as it is now. Raises Misbehaved, ConfigUnstable."""
+    fields = _link_fields(agreed)
+    return _link(transport.name, read_consistently(transport, fields) if fields else {})
+
+
+def _link_fields(agreed: Negotiation) -> list[ConfigField]:
+    fields = []
+    if agreed.has(features.STATUS):
+        fields.append(STATUS_FIELD)
+    if agreed.has(features.SPEED_DUPLEX):
+        fields.append(SPEED_FIELD)
+    return fields
+
+
+def _link(name: str, values: dict[str, tuple[int, ...]]) -> LinkState:
+    (status,) = values.get("status", (LINK_UP,))
+    (speed,) = values.get("speed", (UNKNOWN_SPEED,))
+    if speed > FASTEST and speed != UNKNOWN_SPEED:
+        raise Misbehaved(
+            f"{name}: its speed is {speed:#x}, neither a number of Mbit/s nor {UNKNOWN_SPEED:#x} for not known; turn "
+            "off SPEED_DUPLEX to work without it"
+        )
+    return LinkState(
+        up=bool(status & LINK_UP), speed_mbps=0 if speed == UNKNOWN_SPEED else speed, announce=bool(status & ANNOUNCE)
+    )
+
+
+def _rss_limits(name: str, values: dict[str, tuple[int, ...]]) -> RssLimits:
+    """§5.1.4.1: a key of 40 bytes, a table of 128 entries at least."""
+    (key,), (table,) = values[KEY_FIELD.name], values[TABLE_FIELD.name]
+    (hashes,) = values[HASHES_FIELD.name]
+    if key < LEAST_KEY or table < LEAST_TABLE:
+        raise Misbehaved(
+            f"{name}: its hash key has {key} bytes and its indirection table {table} entries; at least {LEAST_KEY} and "
+            f"{LEAST_TABLE} are expected; turn off RSS to work without it"
+        )
+    return RssLimits(key, table, hashes)
 
 
 def made_up_mac() -> bytes:

@@ -101,7 +101,15 @@ _BY_BIT = {feature.bit: feature for feature in FEATURES}
 
 # What this driver implements, and so accepts wherever it is offered.
 SUPPORTED: tuple[Feature, ...] = tuple(
-    _BY_NAME[name] for name in ("MTU", "MAC", "MRG_RXBUF", "STATUS", "VERSION_1", "ACCESS_PLATFORM")
+    item
+    for item in FEATURES
+    if item.name
+    in {
+        *("MTU", "MAC", "MRG_RXBUF", "STATUS", "SPEED_DUPLEX"),
+        *("CTRL_VQ", "CTRL_RX", "CTRL_RX_EXTRA", "CTRL_VLAN", "CTRL_MAC_ADDR", "CTRL_GUEST_OFFLOADS"),
+        *("GUEST_ANNOUNCE", "MQ", "RSS"),
+        *("VERSION_1", "ACCESS_PLATFORM"),
+    }
 )
 # What it cannot work without: the modern layout, and a device whose DMA the IOMMU translates.
 REQUIRED: tuple[Feature, ...] = (_BY_NAME["VERSION_1"], _BY_NAME["ACCESS_PLATFORM"])
@@ -112,6 +120,14 @@ MAC = _BY_NAME["MAC"]
 MTU = _BY_NAME["MTU"]
 STATUS = _BY_NAME["STATUS"]
 MRG_RXBUF = _BY_NAME["MRG_RXBUF"]
+SPEED_DUPLEX = _BY_NAME["SPEED_DUPLEX"]
+CTRL_VQ = _BY_NAME["CTRL_VQ"]
+CTRL_RX = _BY_NAME["CTRL_RX"]
+CTRL_RX_EXTRA = _BY_NAME["CTRL_RX_EXTRA"]
+CTRL_VLAN = _BY_NAME["CTRL_VLAN"]
+CTRL_MAC_ADDR = _BY_NAME["CTRL_MAC_ADDR"]
+CTRL_GUEST_OFFLOADS = _BY_NAME["CTRL_GUEST_OFFLOADS"]
+GUEST_ANNOUNCE = _BY_NAME["GUEST_ANNOUNCE"]
 MQ = _BY_NAME["MQ"]
 RSS = _BY_NAME["RSS"]
 

@@ -1,21 +1,26 @@
 """How the network device calls: its eventfds, and which queue rings which.
 
-With MSI-X vector 0 is for configuration changes, and every data queue has one of its own; where the device has too few,
-the two queues of a pair share one, and where it has fewer still, all of them do. With INTx there is one line for
-everything, and the ISR status byte says what for.
+With MSI-X vector 0 is for configuration changes and the control queue, and every data queue has one of its own; where
+the device has too few, the two queues of a pair share one, and where it has fewer still, all of them do. With INTx
+there is one line for everything, and the ISR status byte says what for.
 """
 
 from __future__ import annotations
 
+import os
+import select
+from contextlib import ExitStack
 from enum import Enum
 
 import vfio
+from netbridge.datapath._core import ffi
 from netbridge.virtio.errors import VectorRefused
 from netbridge.virtio.transport import NO_VECTOR, Transport
 from vfio._record import NamedTuple
 
 CONFIG_VECTOR = 0
 FIRST_QUEUE_VECTOR = 1
+ISR_CONFIG_CHANGE = 2  # §4.1.4.5
 
 
 class InterruptMode(Enum):
@@ -30,7 +35,7 @@ class Interrupts(NamedTuple):
     network device owns them all and keeps them, the same ones, until it is closed."""
 
     mode: InterruptMode
-    config_fd: int = -1
+    config_fd: int  # configuration changes; with INTx those that were noticed while waiting for an answer
     queue_fds: tuple[int, ...] = ()  # of the vectors from FIRST_QUEUE_VECTOR on
     intx_fd: int = -1
     intx_unmask_fd: int = -1  # written to by the driver, to have the line again
@@ -41,18 +46,19 @@ class Wiring:
 
     def __init__(self, mode: InterruptMode, queues: int) -> None:
         """Raises OSError when the system gives no more file descriptors."""
-        self._eventfds: list[vfio.EventFd] = []
-        try:
-            count = 1 + queues if mode is InterruptMode.MSIX else 2
-            self._eventfds.extend(vfio.EventFd() for _ in range(count))
-        except BaseException:
-            self.close()
-            raise
-        fds = tuple(eventfd.fileno() for eventfd in self._eventfds)
-        if mode is InterruptMode.MSIX:
-            self.interrupts = Interrupts(mode, config_fd=fds[0], queue_fds=fds[1:])
-        else:
-            self.interrupts = Interrupts(mode, intx_fd=fds[0], intx_unmask_fd=fds[1])
+        with ExitStack() as stack:
+            count = queues if mode is InterruptMode.MSIX else 2
+            self._eventfds = [stack.enter_context(vfio.EventFd()) for _ in range(1 + count)]
+            config_fd, *others = (eventfd.fileno() for eventfd in self._eventfds)
+            if mode is InterruptMode.MSIX:
+                self.interrupts = Interrupts(mode, config_fd, queue_fds=tuple(others))
+            else:
+                self.interrupts = Interrupts(mode, config_fd, intx_fd=others[0], intx_unmask_fd=others[1])
+            # Edge-triggered, and the eventfd is never read for it: who looks after configuration changes still sees it.
+            self._answers = stack.enter_context(select.epoll())
+            waited_for = config_fd if mode is InterruptMode.MSIX else self.interrupts.intx_fd
+            self._answers.register(waited_for, select.EPOLLIN | select.EPOLLET)
+            self._stack = stack.pop_all()
 
     def connect(self, transport: Transport, queues: int) -> list[int]:
         """Enables the interrupts, maps configuration changes, and says which vector each of the first `queues` data
@@ -76,6 +82,22 @@ class Wiring:
         """The eventfd of a queue's vector; -1 for NO_VECTOR."""
         return -1 if vector == NO_VECTOR else self.interrupts.queue_fds[vector - FIRST_QUEUE_VECTOR]
 
+    def await_answer(self, transport: Transport, seconds: float) -> None:
+        """Returns when the device has interrupted since the last time, as it does when it has used the control queue or
+        changed its configuration, or after so many seconds. No data queue's MSI-X interrupt is taken; with INTx the
+        queues must be looked at before anybody sleeps."""
+        if self._answers.poll(seconds) and self.interrupts.mode is InterruptMode.INTX:
+            fds = self.interrupts
+            try:
+                os.eventfd_read(fds.intx_fd)
+            except BlockingIOError:
+                pass
+            # Reading it lets go of the line, then VFIO may unmask it.
+            isr = ffi.cast("volatile uint8_t *", transport.isr_address)[0]
+            if isr & ISR_CONFIG_CHANGE:
+                os.eventfd_write(fds.config_fd, 1)
+            os.eventfd_write(fds.intx_unmask_fd, 1)
+
     def drain(self) -> None:
         """Forgets what has arrived."""
         for eventfd in self._eventfds:
@@ -83,8 +105,7 @@ class Wiring:
 
     def close(self) -> None:
         """Doing it twice is harmless."""
-        while self._eventfds:
-            self._eventfds.pop().close()
+        self._stack.close()
 
 
 def share_out(available: int, queues: int) -> list[int]:

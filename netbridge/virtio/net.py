@@ -13,23 +13,34 @@ what the device says of itself, interrupts.py how it calls, queues.py where the 
 
 from __future__ import annotations
 
+import os
 from contextlib import ExitStack, contextmanager
 
-from netbridge.virtio import features
+from netbridge.virtio import commands, control, features
+from netbridge.virtio.control import ControlQueue
 from netbridge.virtio.dma import DmaAllocator, Piece
-from netbridge.virtio.errors import FeaturesRefused, Gone, Misbehaved, NeedsReset, WrongState
-from netbridge.virtio.facts import NetFacts, made_up_mac, read_facts, read_link
+from netbridge.virtio.errors import FeaturesRefused, Gone, Misbehaved, NeedsReset, NotOffered, WrongState
+from netbridge.virtio.facts import LEAST_KEY, LEAST_TABLE, LinkState, NetFacts, made_up_mac, read_facts, read_link
 from netbridge.virtio.features import Feature, Negotiation
-from netbridge.virtio.interrupts import InterruptMode, Interrupts, Wiring
+from netbridge.virtio.interrupts import CONFIG_VECTOR, InterruptMode, Interrupts, Wiring
 from netbridge.virtio.queues import LARGEST_QUEUE, QueuePair, QueuePlan, QueueSet, VirtQueue
 from netbridge.virtio.states import State, check_move
-from netbridge.virtio.transport import RESET_DEADLINE_S, STATUS_OF_NOTHING, Status, Transport, describe_status
+from netbridge.virtio.transport import (
+    NO_VECTOR,
+    RESET_DEADLINE_S,
+    STATUS_OF_NOTHING,
+    Status,
+    Transport,
+    describe_status,
+)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from types import TracebackType
     from typing import Any, TypeVar
+
+    from netbridge.virtio.commands import Command
 
     T = TypeVar("T")
 
@@ -42,9 +53,10 @@ class NetDevice:
     """One virtio network device. Not thread-safe.
 
     Takes over `transport`, also when it fails, and closes it in `close`; `memory` stays the caller's. `rx_size` and
-    `tx_size` are the most entries to use of each queue, a power of two; the device may allow fewer. `wanted` comes from
-    `features.select`; a device without those of `required` is refused. `reset_deadline_s` is how long, in seconds, the
-    device may take to reset.
+    `tx_size` are the most entries to use of each queue, a power of two; the device may allow fewer. `most_pairs` is how
+    many queue pairs to use if the device has as many. `wanted` comes from `features.select`; a device without those of
+    `required` is refused. `reset_deadline_s` and `control_deadline_s` are how long, in seconds, the device may take to
+    reset and to answer a command.
 
     Whatever fails between `configure` and `start` sets FAILED, resets the device (or, when that fails too, cuts it off
     from memory), and leaves the state FAILED, from which `reset` and `configure` lead out.
@@ -58,28 +70,37 @@ class NetDevice:
         interrupts: InterruptMode = InterruptMode.MSIX,
         rx_size: int = DEFAULT_QUEUE,
         tx_size: int = DEFAULT_QUEUE,
+        most_pairs: int = 1,
         wanted: Sequence[Feature] = features.SUPPORTED,
         required: Sequence[Feature] = features.REQUIRED,
         reset_deadline_s: float = RESET_DEADLINE_S,
+        control_deadline_s: float = control.DEADLINE_S,
     ) -> None:
         self.name = transport.name
         self.state = State.FOUND
         self._transport = transport
-        self._wanted = tuple(wanted)
+        # Steering frames to one pair means nothing.
+        single = () if most_pairs > 1 else (features.MQ, features.RSS)
+        self._wanted = tuple(item for item in wanted if item not in single)
+        self._most_pairs = most_pairs
         self._required = tuple(required)
         self._sizes = (rx_size, tx_size)
         self._reset_deadline_s = reset_deadline_s
+        self._control_deadline_s = control_deadline_s
         self._negotiation: Negotiation | None = None
         self._facts: NetFacts | None = None
         self._pairs: tuple[QueuePair, ...] = ()
         self._tx_header: Piece | None = None
+        self._control: ControlQueue | None = None
         self._local_mac = made_up_mac()
         self._queues = QueueSet(transport, memory)
         try:
             for size in self._sizes:
                 if not (1 <= size <= LARGEST_QUEUE and size & (size - 1) == 0):
                     raise ValueError(f"a queue of {size} entries: a power of two from 1 to {LARGEST_QUEUE} is expected")
-            self._wiring = Wiring(interrupts, len(self._sizes))
+            if not 1 <= most_pairs <= commands.MOST_PAIRS:
+                raise ValueError(f"{most_pairs} queue pairs: a number from 1 to {commands.MOST_PAIRS} is expected")
+            self._wiring = Wiring(interrupts, 2 * most_pairs)
         except BaseException:
             transport.close()
             raise
@@ -131,9 +152,8 @@ class NetDevice:
             self._move(State.NEEDS_RESET)
         return self.state is State.NEEDS_RESET
 
-    def link_up(self) -> bool:
-        """Whether the link is up now; True where the device does not tell (§5.1.4.2). Ask after a configuration
-        interrupt. Raises ConfigUnstable."""
+    def link(self) -> LinkState:
+        """The link as it is now. Ask after a configuration interrupt. Raises Misbehaved, ConfigUnstable."""
         return read_link(self._transport, self.negotiation)
 
     # ---- Into service ---------------------------------------------------------------------------------------------
@@ -174,6 +194,20 @@ class NetDevice:
             # No notification may be sent before DRIVER_OK (§3.1.1), so this one is owed.
             for pair in self.pairs:
                 self._transport.notify(pair.rx.index)
+            if len(self.pairs) > 1:
+                self.command(self._steering())
+
+    def command(self, command: Command) -> None:
+        """Has the device do something over its control queue, and waits for its answer; see commands.py.
+
+        Raises NotOffered where the device lacks what it needs, ControlRefused when it says no, and WrongState unless it
+        is in service. After ControlTimeout and Misbehaved the device must be reset.
+        """
+        if self.state is not State.LIVE:
+            raise WrongState(f"{self.name}: {command.name}: the device is {self.state.name} ({self.state.value})")
+        if self._control is None or not self.negotiation.has(command.needs):
+            raise NotOffered(f"{self.name}: {command.name} needs {command.needs}, which is not agreed with the device")
+        self._control.carry(command)
 
     def reset(self) -> None:
         """Take the device out of service: no queues, no features, no interrupts; it does not touch memory any more.
@@ -238,16 +272,44 @@ class NetDevice:
         """The data queues' vectors."""
         # An MSI-X interrupt is a write to memory, so it needs this too.
         self._transport.allow_dma(True)
-        return self._wiring.connect(self._transport, len(self._sizes))
+        steers = self.negotiation.has(features.MQ) or self.negotiation.has(features.RSS)
+        pairs = min(self._most_pairs, self.facts.max_queue_pairs) if steers else 1
+        return self._wiring.connect(self._transport, 2 * pairs)
 
     def _set_up_queues(self, vectors: Sequence[int]) -> None:
+        """Receive and transmit queues take turns, the control queue comes after the last the device has (§5.1.2)."""
+        agreed = self.negotiation
         plans = [
-            QueuePlan(index, most, vector, self._wiring.fd_of(vector))
-            for index, (most, vector) in enumerate(zip(self._sizes, vectors, strict=True))
+            QueuePlan(number, self._sizes[number % 2], vector, self._wiring.fd_of(vector))
+            for number, vector in enumerate(vectors)
         ]
-        (self._tx_header,) = self._queues.set_up(plans, extra=[self.facts.header_bytes])
-        queues = self._queues.queues
-        self._pairs = tuple(QueuePair(rx, tx) for rx, tx in zip(queues[0::2], queues[1::2], strict=True))
+        extra = [self.facts.header_bytes]
+        has_control = agreed.has(features.CTRL_VQ)
+        if has_control:
+            steers = agreed.has(features.MQ) or agreed.has(features.RSS)
+            number = 2 * (self.facts.max_queue_pairs if steers else 1)
+            fds = self.interrupts
+            vector = CONFIG_VECTOR if fds.mode is InterruptMode.MSIX else NO_VECTOR
+            plans.append(QueuePlan(number, control.CONTROL_QUEUE_SIZE, vector, fds.config_fd))
+            extra.append(ControlQueue.memory_bytes())
+        self._tx_header, *rest = self._queues.set_up(plans, extra)
+        data = self._queues.queues[: len(vectors)]
+        self._pairs = tuple(QueuePair(rx, tx) for rx, tx in zip(data[0::2], data[1::2], strict=True))
+        if has_control:
+            self._control = ControlQueue(
+                self.name, self._queues.queues[-1], rest[0], self._await_answer, self._control_deadline_s
+            )
+
+    def _await_answer(self, seconds: float) -> None:
+        self._wiring.await_answer(self._transport, seconds)
+
+    def _steering(self) -> Command:
+        """How received frames are to be shared out: by their hash through a table, or as the device sees fit."""
+        pairs, limits = len(self.pairs), self.facts.rss
+        if limits is None:
+            return commands.queue_pairs(pairs)
+        table = [entry % pairs for entry in range(LEAST_TABLE)]
+        return commands.rss(pairs, limits.hash_types & commands.HASH_TYPES, os.urandom(LEAST_KEY), table)
 
     # ---- Odds and ends --------------------------------------------------------------------------------------------
 
@@ -311,6 +373,7 @@ class NetDevice:
     def _forget(self) -> None:
         """Free what was made for a configuration that is gone."""
         self._pairs = ()
+        self._control = None
         self._queues.forget()
         self._tx_header = None
         self._facts = None

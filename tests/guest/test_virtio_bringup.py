@@ -12,9 +12,10 @@ import pytest
 
 import vfio
 from netbridge.datapath._core import lib
-from netbridge.virtio import features
+from netbridge.virtio import commands, features
+from netbridge.virtio.commands import Command
 from netbridge.virtio.dma import VfioDma
-from netbridge.virtio.errors import NotVirtioNet, WrongState
+from netbridge.virtio.errors import ControlRefused, NotVirtioNet, WrongState
 from netbridge.virtio.net import InterruptMode, NetDevice
 from netbridge.virtio.pci import NETWORK_MODERN, VIRTIO_VENDOR, VirtioPci, require_virtio_net
 from netbridge.virtio.states import State
@@ -90,12 +91,12 @@ def test_it_is_brought_up_and_reset_as_often_as_one_likes(
         net.configure()
         assert status(device) == CONFIGURED
         assert net.facts.mac == kernel_mac
-        assert net.facts.link_up
+        assert net.facts.link.up
         assert net.facts.header_bytes == 12
         net.start()
         assert status(device) == LIVE
         assert not net.needs_reset()
-        assert net.link_up()
+        assert net.link().up
         net.reset()
         assert status(device) == 0
         assert net.state is State.RESET
@@ -141,6 +142,35 @@ def test_each_feature_can_be_turned_off(device: vfio.Device, name: str) -> None:
         net.start()
         assert not net.negotiation.has(features.feature(name))
         assert status(device) == LIVE
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        *(commands.receive_mode(mode, on) for mode in commands.RECEIVE_MODES for on in (True, False)),
+        commands.mac_table([], []),
+        commands.mac_table([bytes.fromhex("525400000001")], [bytes.fromhex("01005e000001")]),
+        commands.mac_address(bytes.fromhex("525400000002")),
+        commands.vlan(5, True),
+        commands.vlan(5, False),
+    ],
+    ids=lambda command: command.name,
+)
+def test_the_device_does_what_it_is_asked_over_the_control_queue(net: NetDevice, command: Command) -> None:
+    net.configure()
+    net.start()
+    for _ in range(100):  # often enough for its ring to wrap
+        net.command(command)
+
+
+def test_what_qemus_device_refuses(net: NetDevice) -> None:
+    net.configure()
+    net.start()
+    # Without virtio headers on the wire there are no receive offloads to choose from.
+    for command in (commands.vlan(4096, True), commands.announced(), commands.guest_offloads(0)):
+        with pytest.raises(ControlRefused, match=f"refuses {command.name}"):
+            net.command(command)
+    net.command(commands.vlan(4094, True))
 
 
 def test_what_qemu_offers_is_in_the_table(device: vfio.Device) -> None:

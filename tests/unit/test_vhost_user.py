@@ -151,7 +151,7 @@ def test_mac_of_the_back_ends_own_configuration(make: Make) -> None:
     bench = make(FakeBackEnd(offered=offered, protocol=spec.PROTOCOL | spec.P_CONFIG, config=config))
     bench.attach()
     bench.net.configure()
-    assert (bench.net.facts.mac, bench.net.facts.mtu, bench.net.facts.link_up) == (MAC, 9000, False)
+    assert (bench.net.facts.mac, bench.net.facts.mtu, bench.net.facts.link.up) == (MAC, 9000, False)
 
 
 def test_mtu_is_told(make: Make) -> None:

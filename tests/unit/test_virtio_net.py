@@ -49,6 +49,10 @@ A, D, OK, FOK, NEEDS, FAILED = (
 )
 
 
+# What comes of it all while one queue pair is wanted.
+ONE_PAIR = ALL_SUPPORTED & ~mask_of("MQ", "RSS")
+
+
 class Bench:
     """A network device on a fake transport, and whatever is needed to see what became of it."""
 
@@ -103,18 +107,22 @@ def test_the_sequence_is_that_of_the_specification(make: Make) -> None:
         ("status", 0),  # 1: reset
         ("status", A),  # 2
         ("status", A | D),  # 3
-        ("features", ALL_SUPPORTED),  # 4
+        ("features", ONE_PAIR),  # 4
         ("status", A | D | FOK),  # 5 and 6
-        *[("config", offset, 1) for offset in range(6)],  # 7: configuration,
-        ("config", 6, 2),
+        ("config", 6, 2),  # 7: configuration,
+        ("config", 12, 4),
+        *[("config", offset, 1) for offset in range(6)],
+        ("config", 8, 2),
         ("config", 10, 2),
         ("dma", True),  # interrupts,
         ("vectors", 3),
         ("config vector", 0),
         ("queue", 0, 256),  # queues
         ("queue", 1, 256),
+        ("queue", 2, 16),
         ("enable", 0),
         ("enable", 1),
+        ("enable", 2),
         ("status", A | D | FOK | OK),  # 8
         ("notify", 0),
     ]
@@ -142,9 +150,10 @@ def test_the_same_over_registers(make: Make) -> None:
 
 
 def test_what_the_device_is_told_of_its_queues(make: Make) -> None:
-    bench = make(NetModel(queue_sizes=(1024, 64)), rx_size=512, tx_size=256)
+    bench = make(NetModel(queue_sizes=(1024, 64, 64)), rx_size=512, tx_size=256)
     bench.net.configure()
-    rx, tx = bench.model.queues
+    rx, tx, control = bench.model.queues
+    assert (control.size, control.vector) == (16, 0)
     assert (rx.size, tx.size) == (512, 64)
     assert (bench.net.rx.size, bench.net.tx.size) == (512, 64)
     assert (bench.net.rx.vector, bench.net.tx.vector) == (1, 2)
@@ -156,6 +165,9 @@ def test_what_the_device_is_told_of_its_queues(make: Make) -> None:
             (tx.descriptors, 16 * tx.size),
             (tx.driver_area, 6 + 2 * tx.size),
             (tx.device_area, 6 + 8 * tx.size),
+            (control.descriptors, 16 * control.size),
+            (control.driver_area, 6 + 2 * control.size),
+            (control.device_area, 6 + 8 * control.size),
             (bench.net.tx_header_iova, bench.net.facts.header_bytes),
         ]
     )
@@ -196,7 +208,8 @@ def test_every_queue_of_the_core_is_freed(make: Make, monkeypatch: pytest.Monkey
     monkeypatch.setattr("netbridge.virtio.queues.lib", Counting)
     bench = make()
     bench.net.configure()
-    assert alive == [bench.net.rx.handle, bench.net.tx.handle]
+    assert alive[:2] == [bench.net.rx.handle, bench.net.tx.handle]
+    assert len(alive) == 3
     bench.net.reset()
     assert alive == []
     bench.model.refused_vectors = (2,)
@@ -219,9 +232,9 @@ def test_configured_again_it_uses_the_same_memory_cleared(make: Make) -> None:
 
 
 def test_larger_queues_than_before_get_new_memory(make: Make) -> None:
-    bench = make(NetModel(queue_sizes=(64, 64)), rx_size=512, tx_size=512)
+    bench = make(NetModel(queue_sizes=(64, 64, 64)), rx_size=512, tx_size=512)
     bench.net.configure()
-    bench.model.queue_sizes = (512, 512)
+    bench.model.queue_sizes = (512, 512, 64)
     bench.net.reset()
     bench.net.configure()
     assert bench.dma.allocations == 2
@@ -246,7 +259,7 @@ def test_intx_leaves_the_vectors_alone(make: Make) -> None:
     bench.net.configure()
     fds = bench.net.interrupts
     assert bench.transport.intx == (fds.intx_fd, fds.intx_unmask_fd)
-    assert (fds.config_fd, bench.net.rx.irq_fd, bench.net.tx.irq_fd) == (-1, -1, -1)
+    assert (bench.net.rx.irq_fd, bench.net.tx.irq_fd) == (-1, -1)
     assert bench.model.config_vector == NO_VECTOR
     assert {queue.vector for queue in bench.model.queues} == {NO_VECTOR}
 
@@ -278,10 +291,10 @@ def test_facts_are_what_the_device_says(make: Make) -> None:
     assert facts.mac_text == "52:54:00:12:34:56"
     assert not facts.mac_is_local
     assert (facts.mtu, facts.largest_frame, facts.max_queue_pairs, facts.header_bytes) == (9000, 9014, 4, 12)
-    assert not facts.link_up
-    assert not bench.net.link_up()
+    assert not facts.link.up
+    assert not bench.net.link().up
     bench.model.link = 1
-    assert bench.net.link_up()
+    assert bench.net.link().up
 
 
 def test_without_the_features_there_are_defaults_and_nothing_is_read(make: Make) -> None:
@@ -290,8 +303,8 @@ def test_without_the_features_there_are_defaults_and_nothing_is_read(make: Make)
     facts = bench.net.facts
     assert facts.mac_is_local
     assert facts.mac[0] & 3 == 2, "locally administered, and of one station"
-    assert (facts.mtu, facts.link_up, facts.max_queue_pairs) == (1500, True, 1)
-    assert bench.net.link_up()
+    assert (facts.mtu, facts.link.up, facts.max_queue_pairs) == (1500, True, 1)
+    assert bench.net.link().up
     assert not [entry for entry in bench.model.log if entry[0] == "config"]
     bench.net.reset()
     bench.net.configure()
@@ -299,10 +312,10 @@ def test_without_the_features_there_are_defaults_and_nothing_is_read(make: Make)
 
 
 def test_turned_off_features_are_not_read(make: Make) -> None:
-    bench = make(wanted=features.select(off=["MAC", "STATUS", "MTU"]))
+    bench = make(wanted=features.select(off=["MAC", "STATUS", "MTU", "SPEED_DUPLEX", "MQ", "RSS"]))
     bench.net.configure()
     assert bench.net.facts.mac_is_local
-    assert not [entry for entry in bench.model.log if entry[0] == "config"]
+    assert [entry for entry in bench.model.log if entry[0] == "config"] == [("config", 8, 2)], "the pairs are told"
 
 
 @pytest.mark.parametrize(("offered", "smallest"), [(ALL_SUPPORTED, 12), (ALL_SUPPORTED & ~mask_of("MRG_RXBUF"), 9026)])

@@ -57,6 +57,10 @@ class NetModel:
     link: int = 1
     pairs: int = 1
     mtu: int = 1500
+    speed: int = 0xFFFFFFFF
+    key_bytes: int = 40
+    table_entries: int = 128
+    hash_types: int = 0x3F
     refuses_features: bool = False
     refused_vectors: tuple[int, ...] = ()
     reset_reads: int = 0  # how often the status reads as before after a reset, -1: for ever
@@ -88,8 +92,12 @@ class NetModel:
         ]
 
     def config(self) -> bytes:
-        """struct virtio_net_config, as far as mtu."""
-        return struct.pack("<6sHHH", self.mac, self.link, self.pairs, self.mtu)
+        """struct virtio_net_config."""
+        return struct.pack(
+            "<6sHHHIBBHII",
+            *(self.mac, self.link, self.pairs, self.mtu, self.speed, 1),
+            *(self.key_bytes, self.table_entries, self.hash_types, 0),
+        )
 
     # ---- What a driver can do to it
 
@@ -166,6 +174,7 @@ class FakeTransport:
         self.fail_on: str | None = None  # name of the method that raises RuntimeError
         self._registers = Memory.anonymous(4096)
         self.isr_address = self._registers.address + 2048
+        self.isr = self._registers.view[2048:2049]
 
     def _maybe_fail(self, method: str) -> None:
         if self.fail_on == method:
@@ -257,6 +266,7 @@ class FakeTransport:
 
     def close(self) -> None:
         self.closed = True
+        self.isr.release()
         self._registers.close()
 
 
@@ -293,7 +303,21 @@ class FakeBlock:
 
 COMMON_AT, ISR_AT, CONFIG_AT, NOTIFY_AT = 0x0000, 0x1000, 0x2000, 0x3000
 BAR_BYTES = 0x4000
-CONFIG_OFFSETS = {0: 1, 1: 1, 2: 1, 3: 1, 4: 1, 5: 1, 6: 2, 8: 2, 10: 2}  # width of each field of the configuration
+CONFIG_OFFSETS = {
+    0: 1,
+    1: 1,
+    2: 1,
+    3: 1,
+    4: 1,
+    5: 1,
+    6: 2,
+    8: 2,
+    10: 2,
+    12: 4,
+    17: 1,
+    18: 2,
+    20: 4,
+}  # width of each field of the configuration
 
 
 @dataclass

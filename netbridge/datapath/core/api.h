@@ -153,6 +153,13 @@ struct nb_virtqueue *nb_virtqueue_new(const struct nb_virtqueue_config *config);
 void nb_virtqueue_free(struct nb_virtqueue *queue);
 uint16_t nb_virtqueue_in_flight(const struct nb_virtqueue *queue);
 
+/* The control queue: shows the device a chain of a command that it reads and room for an answer that it writes, and notifies
+ * it. 0; -1: the last one has not come back. */
+int nb_control_submit(struct nb_virtqueue *queue, uint64_t command_iova, uint32_t command_bytes, uint64_t answer_iova,
+                      uint32_t answer_bytes);
+/* 1: it came back, with so many bytes written; 0: not yet; or -1 - the enum nb_device_fault. */
+int nb_control_poll(struct nb_virtqueue *queue, uint32_t *written);
+
 /* Geometry of a region: `count` buffers of `stride` bytes from `base`, reached by the device at `iova`. */
 struct nb_region {
     uint8_t *base;

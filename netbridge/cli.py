@@ -73,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_run(verbs.add_parser("run", help="claim the manifest's function and serve its port until stopped"))
     _add_check(verbs.add_parser("check", help="check a manifest and show what it grants"))
     _add_stats(verbs.add_parser("stats", help="show the counters of a running driver"))
+    _add_capture(verbs.add_parser("capture", help="take the port and write its frames to a pcapng file"))
     _add_debug(verbs.add_parser("debug", help="read and write a function's registers raw (needs CAP_SYSCALL_RAW)"))
     _add_restore(
         verbs.add_parser("restore", help="give functions that a crashed driver left behind to their own driver")
@@ -292,6 +293,19 @@ def _stats(options: argparse.Namespace) -> int:
         else:
             print(f"{name:<26} 0")
     return ExitCode.OK
+
+
+def _add_capture(parser: argparse.ArgumentParser) -> None:
+    from netbridge.services import arguments
+
+    arguments.capture(parser)
+    parser.set_defaults(verb=_capture)
+
+
+def _capture(options: argparse.Namespace) -> int:
+    from netbridge.services import capture
+
+    return capture.main(options)
 
 
 def _add_debug(parser: argparse.ArgumentParser) -> None:

@@ -231,6 +231,27 @@ void nb_histogram_add(struct nb_histogram *histogram, uint64_t nanoseconds);
 
 /* ---- The client's side ---------------------------------------------------------------------------------------- */
 
+/* A frame whose last piece has not come yet. */
+struct nb_capture_partial {
+    uint32_t length;   /* bytes of the frame */
+    uint32_t captured; /* bytes kept of them */
+    uint8_t data[131072];
+};
+/* A file that a client's frames go to, as pcapng packet blocks: timestamps in nanoseconds, of the moment that the client
+ * took or gave the frame. Large: not for the stack. */
+struct nb_capture {
+    int fd;               /* blocking; a write that fails ends the capture, not the client */
+    uint32_t interface;   /* number of the interface block that describes this session */
+    uint32_t snap_length; /* bytes to keep of a frame, at most 131072 */
+    int error;            /* errno of the write that failed; 0 */
+    uint64_t received;    /* frames captured, by direction */
+    uint64_t sent;
+    /* private from here on */
+    uint32_t used;
+    struct nb_capture_partial partial[2];
+    uint8_t buffer[262144];
+};
+
 /* The session as a client has it mapped. Plain: the caller fills it from WELCOME, then calls nb_client_init. */
 struct nb_client {
     struct nb_ring_place rx_active;
@@ -248,6 +269,7 @@ struct nb_client {
     int client_doorbell_fd; /* rung by the client */
     int driver_doorbell_fd; /* rung by the driver: an epoll instance around the driver's eventfd, or an eventfd */
     struct nb_histogram *wakeups; /* doorbell rung to client awake; NULL: not wanted */
+    struct nb_capture *capture;   /* frames received and sent are written there; NULL: not wanted */
     /* private from here on */
     uint32_t rx_active_taken;
     uint32_t rx_free_put;
@@ -296,3 +318,8 @@ struct nb_echo_counts {
 /* The echo service's loop: every frame back to its sender with the MAC addresses exchanged, until `control_fd` becomes
  * readable (0) or the driver breaks the protocol (-1). */
 int nb_client_echo(struct nb_client *client, int control_fd, struct nb_echo_counts *counts);
+
+/* The capture service's loop: takes frames, has `client->capture` write them, and gives them back, until `control_fd`
+ * becomes readable (0), `most` frames were captured or the file takes no more (1; see `capture->error`), or the driver
+ * breaks the protocol (-1). */
+int nb_client_capture(struct nb_client *client, int control_fd, uint64_t most);

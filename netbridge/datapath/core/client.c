@@ -7,6 +7,7 @@
 #include <stddef.h>
 #include <sys/epoll.h>
 
+#include "capture.h"
 #include "core.h"
 #include "counting.h"
 #include "port_ring.h"
@@ -66,8 +67,11 @@ int nb_client_receive(struct nb_client *client, struct nb_piece *pieces, uint32_
                                                   client->rx_stride, offset, &pieces[i]))
             return -1;
     }
-    if (count > 0)
+    if (count > 0) {
         ring_consumed(&client->rx_active, client->rx_active_taken);
+        if (client->capture)
+            capture_pieces(client->capture, CAPTURE_INBOUND, pieces, (uint32_t)count);
+    }
     return (int)count;
 }
 
@@ -102,6 +106,9 @@ void nb_client_unallocate(struct nb_client *client, uint32_t count)
 
 void nb_client_send(struct nb_client *client, const struct nb_piece *pieces, uint32_t count)
 {
+    /* Before they are the driver's, which may give them to be overwritten at once. */
+    if (client->capture)
+        capture_pieces(client->capture, CAPTURE_OUTBOUND, pieces, count);
     for (uint32_t i = 0; i < count; i++)
         ring_put(&client->tx_active, &client->tx_active_put,
                  (struct nb_entry){

@@ -225,6 +225,14 @@ def _device_refused(function: PciFunction, error: OSError) -> VfioError:
         )
     if error.errno == errno.EPERM:
         return NotPermitted(doing, device=function.address, errno=error.errno)
+    if error.errno == errno.EACCES:
+        return NotPermitted(
+            doing,
+            device=function.address,
+            errno=error.errno,
+            cause="it is a virtual function, and its physical function, which is lent to user space too, wants a token",
+            fix="leave the physical function with its kernel driver: VF tokens are not supported",
+        )
     return VfioError(
         doing,
         device=function.address,

@@ -12,7 +12,7 @@ import errno
 import fcntl
 import os
 
-from vfio import _diagnose, _sys
+from vfio import _diagnose, _disks, _sys
 from vfio.errors import BadAddress, DeviceBusy, DeviceNotFound, DriverMissing, NotPermitted, Unsupported, VfioError
 from vfio.pci import PciAddress, PciFunction
 
@@ -71,13 +71,21 @@ def bind(
     Gives a `Binding`, whose `restore()` (or the end of the `with` block) undoes it. A function that was bound to
     `driver` all along is left so. If anything fails on the way, what was done is undone before the error is raised.
 
-    Raises `DeviceNotFound`, `DriverMissing` (the module is not loaded), `NoIommu`, `NotPermitted`, `Unsupported`
-    (a bridge), or `VfioError` when the driver refuses the function.
+    Raises `DeviceNotFound`, `DeviceBusy` (a disk of it is mounted), `DriverMissing` (the module is not loaded),
+    `NoIommu`, `NotPermitted`, `Unsupported` (a bridge), or `VfioError` when the driver refuses the function.
     """
     roots = _Roots(sysfs_root, state_dir, dev_root)
     function = PciFunction(address, sysfs_root=sysfs_root)
     if function.is_bridge:
         raise Unsupported("a PCI bridge cannot be lent to user space", device=function.address)
+    used = _disks.in_use(function)
+    if used is not None:
+        raise DeviceBusy(
+            "it is not taken away from the kernel",
+            device=function.address,
+            cause=used,
+            fix="unmount it (umount, swapoff, and what is built on it), then bind again",
+        )
     if not os.path.isdir(roots.driver(driver)):
         raise DriverMissing(
             f"the driver {driver} is not there", device=function.address, fix=f"load it: modprobe {driver}"

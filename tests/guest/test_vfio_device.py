@@ -113,6 +113,16 @@ def test_there_and_back(ids: tuple[int, int], name: str) -> None:
         assert (here.driver, here.driver_override) == (before, None)
 
 
+def test_the_disk_that_the_guest_runs_from_is_not_taken_away() -> None:
+    root = Path("/").stat().st_dev
+    disk = Path(f"/sys/dev/block/{os.major(root)}:{os.minor(root)}").resolve()
+    here = next(f for f in map(vfio.PciFunction, vfio.functions()) if disk.is_relative_to(Path(f.path).resolve()))
+    before = here.driver
+    with pytest.raises(vfio.DeviceBusy, match=rf"{disk.name} is mounted at /.*; unmount it"):
+        vfio.bind(here.address)
+    assert here.driver == before
+
+
 def test_a_killed_driver_leaves_what_restore_needs() -> None:
     here = function(NVME, "nvme")
     before = here.driver

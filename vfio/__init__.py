@@ -14,9 +14,10 @@ are not. Every error is a `VfioError`; only waiting on a closed `EventFd` is a V
 """
 
 from vfio._backend import DeviceFds
+from vfio._hot_reset import HotResetDependent
 from vfio.binding import Binding, bind, leftovers, restore
 from vfio.config import Capability, ConfigSpace, ExtendedCapability
-from vfio.device import Device, HotResetDependent, open_device
+from vfio.device import Device, open_device
 from vfio.errors import (
     BadAddress,
     DeviceBusy,

@@ -12,12 +12,21 @@ from vfio.errors import (
     DeviceGone,
     DriverMissing,
     GroupNotViable,
+    IovaError,
+    LockedMemoryLimit,
+    MappingLimit,
     NoIommu,
     NotPermitted,
     Unsupported,
     VfioError,
 )
 from vfio.pci import PciAddress, PciFunction
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from vfio.iova import IovaRange
 
 # Drivers that may stay bound to a member of a group without making it unviable (vfio_dev_driver_allowed in the kernel).
 HARMLESS_DRIVERS = ("pci-stub", "pcieport")
@@ -175,6 +184,45 @@ def iommu_refused(function: PciFunction, error: OSError, module: str) -> VfioErr
     return VfioError(doing, device=function.address, errno=error.errno, cause=cause)
 
 
+def failed(device: object, doing: str, error: OSError) -> VfioError:
+    """The error for a call on an open device that failed for no particular reason."""
+    if error.errno == errno.ENODEV:
+        return DeviceGone(doing, device=device, errno=error.errno, cause="the device was removed")
+    return VfioError(doing, device=device, errno=error.errno)
+
+
+def map_failed(error: OSError, iova: int, size: int, mappings: int, ranges: Iterable[IovaRange]) -> VfioError:
+    """The error for memory that cannot be mapped for DMA, while so many mappings are open and these ranges valid."""
+    doing = f"cannot map {size:#x} bytes for DMA at IOVA {iova:#x}"
+    code = error.errno
+    if code == errno.ENOSPC:
+        return MappingLimit(
+            doing,
+            errno=code,
+            cause=f"the kernel's limit on DMA mappings is reached; {mappings} are open here",
+            fix="map fewer, larger pieces, or raise vfio_iommu_type1's module parameter dma_entry_limit",
+        )
+    if code == errno.ENOMEM:
+        used, limit, exempt = locked_memory()
+        if limit is not None and not exempt and (used or 0) + size > limit:
+            return LockedMemoryLimit(
+                doing,
+                errno=code,
+                cause=f"the limit on locked memory is {_mib(limit)}, "
+                f"{_mib(used or 0)} are locked already, {_mib(size)} more are needed",
+                fix=f"raise it: ulimit -l {((used or 0) + size + 1023) // 1024} (in KiB), LimitMEMLOCK= in a "
+                "systemd unit, memlock in /etc/security/limits.conf, or give the process CAP_IPC_LOCK",
+            )
+        return VfioError(doing, errno=code, cause="there is not enough memory to pin", fix="free some, or map less")
+    if code == errno.EFAULT:
+        return VfioError(
+            doing, errno=code, cause="the memory is not mapped in this process, or not for what the device may do"
+        )
+    if code == errno.EEXIST:
+        return IovaError(doing, errno=code, cause="another process sharing this IOMMU has something there")
+    return VfioError(doing, errno=code, cause="the kernel's ranges: " + ", ".join(map(str, ranges)))
+
+
 def locked_memory() -> tuple[int | None, int | None, bool]:
     """(bytes this process has locked or pinned, its RLIMIT_MEMLOCK or None for unlimited, whether it is exempt)."""
     soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
@@ -190,6 +238,10 @@ def locked_memory() -> tuple[int | None, int | None, bool]:
     # In a user namespace of its own (a rootless container) that capability does not count for the kernel.
     exempt = exempt and (_text("/proc/self/uid_map") or "").split() == ["0", "0", "4294967295"]
     return used, limit, exempt
+
+
+def _mib(size: int) -> str:
+    return f"{size / (1 << 20):.4g} MiB"
 
 
 def _listdir(path: str) -> list[str]:

@@ -9,10 +9,9 @@ Documentation/ABI/testing/sysfs-bus-pci and Documentation/driver-api/vfio.rst of
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 
-from vfio import _diagnose, _disks, _sys
+from vfio import _diagnose, _disks, _notes, _sys
 from vfio.errors import BadAddress, DeviceBusy, DeviceNotFound, DriverMissing, NotPermitted, Unsupported, VfioError
 from vfio.pci import PciAddress, PciFunction
 
@@ -92,21 +91,21 @@ def bind(
         )
     if function.iommu_group is None and not _noiommu_allowed(sysfs_root):
         raise _diagnose.no_iommu(function.address, sysfs_root)
-    with _Lock(roots):
+    with _notes.Lock(roots.state):
         current = function.driver
-        record = _load(roots, function.address)
+        record = _notes.load(roots.state, function.address)
         if record is not None and not _concerns(record, function):
             record = None  # of an earlier life: the function was unplugged and came back under a driver of its own
         if current == driver:
             return Binding(function, driver, record[0] if record else driver, roots)
         if record is None:
             record = (current, function.driver_override)
-            _save(roots, function.address, *record)
+            _notes.save(roots.state, function.address, *record)
         try:
             _switch(function, driver, roots)
         except BaseException:
             _give_back(function, *record, roots)
-            _forget(roots, function.address)
+            _notes.forget(roots.state, function.address)
             raise
         return Binding(function, driver, record[0], roots)
 
@@ -126,7 +125,7 @@ def restore(
     """
     parsed = PciAddress.parse(address)
     roots = _Roots(sysfs_root, state_dir, dev_root)
-    if not os.path.exists(roots.record(parsed)):
+    if not os.path.exists(_notes.path_of(state_dir, parsed)):
         PciFunction(parsed, sysfs_root=sysfs_root)
     _restore(parsed, roots)
     try:
@@ -144,7 +143,7 @@ def leftovers(*, state_dir: str = STATE_DIR) -> tuple[PciAddress, ...]:
     except FileNotFoundError:
         return ()
     except OSError as error:
-        raise _no_notes(state_dir, error) from None
+        raise _notes.refused(state_dir, error) from None
     for name in names:
         try:
             found.append(PciAddress.parse(name))
@@ -163,79 +162,6 @@ class _Roots:
 
     def driver(self, name: str) -> str:
         return f"{self.sysfs}/bus/pci/drivers/{name}"
-
-    def record(self, address: PciAddress) -> str:
-        return f"{self.state}/{address}"
-
-
-class _Lock:
-    """Keeps two processes from moving functions about at the same time; the kernel drops it if we are killed."""
-
-    def __init__(self, roots: _Roots) -> None:
-        self._path = roots.state
-        self._fd = -1
-
-    def __enter__(self) -> None:
-        try:
-            os.makedirs(self._path, mode=0o700, exist_ok=True)
-            self._fd = os.open(self._path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        except OSError as error:
-            raise _no_notes(self._path, error) from None
-        try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX)
-        except BaseException:
-            os.close(self._fd)
-            raise
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self._fd)
-
-
-def _no_notes(directory: str, error: OSError) -> VfioError:
-    doing = f"cannot keep notes in {directory}"
-    if isinstance(error, PermissionError):
-        return NotPermitted(doing, errno=error.errno, fix="binding drivers needs root")
-    return VfioError(
-        doing, errno=error.errno, fix="nothing is bound without them: it could not be undone after a crash"
-    )
-
-
-def _save(roots: _Roots, address: PciAddress, driver: str | None, override: str | None) -> None:
-    path = roots.record(address)
-    text = f"driver={driver or ''}\noverride={override or ''}\n".encode()
-    try:
-        fd = os.open(f"{path}.new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        try:
-            if os.write(fd, text) != len(text):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        finally:
-            os.close(fd)
-        os.rename(f"{path}.new", path)
-    except OSError as error:
-        raise _no_notes(roots.state, error) from None
-
-
-def _load(roots: _Roots, address: PciAddress) -> tuple[str | None, str | None] | None:
-    try:
-        text = _sys.read_file(roots.record(address))
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise _no_notes(roots.state, error) from None
-    fields = dict(line.partition("=")[::2] for line in text.splitlines())
-    values = [fields.get(key, "/") for key in ("driver", "override")]
-    if not all(value.isprintable() and "/" not in value for value in values):
-        raise VfioError(
-            f"{roots.record(address)} is not what bind writes", device=address, fix="remove the file and bind anew"
-        )
-    return values[0] or None, values[1] or None
-
-
-def _forget(roots: _Roots, address: PciAddress) -> None:
-    try:
-        os.unlink(roots.record(address))
-    except FileNotFoundError:
-        pass
 
 
 def _write(path: str, text: str, doing: str, address: PciAddress) -> None:
@@ -317,18 +243,18 @@ def _give_back(function: PciFunction, driver: str | None, override: str | None, 
 
 
 def _restore(address: PciAddress, roots: _Roots) -> None:
-    with _Lock(roots):
+    with _notes.Lock(roots.state):
         try:
             function = PciFunction(address, sysfs_root=roots.sysfs)
         except DeviceNotFound:
-            _forget(roots, address)  # unplugged: there is nothing left to give back
+            _notes.forget(roots.state, address)  # unplugged: there is nothing left to give back
             return
-        record = _load(roots, address)
+        record = _notes.load(roots.state, address)
         current = function.driver
         if record is not None:
             if _concerns(record, function):
                 _give_back(function, *record, roots)
-            _forget(roots, address)
+            _notes.forget(roots.state, address)
         elif _diagnose.is_vfio_driver(current):
             # Nobody wrote down what was there: let the kernel choose by the device's ids.
             _refuse_if_held(function, current or "", roots)

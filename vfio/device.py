@@ -8,9 +8,9 @@ import sys
 
 from vfio import _abi, _diagnose, _sys
 from vfio._backend import DeviceFds
-from vfio._record import NamedTuple
+from vfio._hot_reset import HotResetDependent, dependents_of, hot_reset
 from vfio.config import ConfigSpace
-from vfio.errors import DeviceGone, Malformed, NotBound, NotPermitted, Unsupported, VfioError
+from vfio.errors import NotBound, Unsupported, VfioError
 from vfio.iommu import INTERFACES, Iommu, open_for
 from vfio.irqs import Irqs, file_number
 from vfio.pci import PciAddress, PciFunction
@@ -22,22 +22,7 @@ if TYPE_CHECKING:
 
     from vfio.irqs import HasFileno
 
-_MOST_DEPENDENTS = 65536
 _CONFIG = _abi.VFIO_PCI_CONFIG_REGION_INDEX
-
-
-class HotResetDependent(NamedTuple):
-    """A function that a hot reset of the bus or slot resets along with the device.
-
-    - `address`: the function
-    - `group`: its IOMMU group, or None with iommufd
-    - `owned`: with iommufd, whether it is bound to the same iommufd, or in its group; None with groups, where the
-      kernel finds out at the reset
-    """
-
-    address: PciAddress
-    group: int | None
-    owned: bool | None
 
 
 class Device:
@@ -275,73 +260,26 @@ class Device:
     def hot_reset_dependents(self) -> tuple[HotResetDependent, ...]:
         """The functions that `hot_reset` resets, this one among them. Raises `Unsupported` where the kernel can reset
         neither its slot nor its bus."""
-        fd = self._open()
-        count = 8
-        while count <= _MOST_DEPENDENTS:
-            request = _sys.struct("vfio_pci_hot_reset_info", devices=count)
-            try:
-                _sys.call(fd, _abi.VFIO_DEVICE_GET_PCI_HOT_RESET_INFO, request)
-            except OSError as error:
-                if error.errno == errno.ENOSPC and request.count > count:
-                    count = request.count
-                    continue
-                if error.errno in (errno.ENODEV, errno.ENOTTY):
-                    raise Unsupported(
-                        "the kernel can reset neither its slot nor its bus", device=self.address, errno=error.errno
-                    ) from None
-                raise self._failed("cannot ask what a hot reset would reset", error) from None
-            by_id = bool(request.flags & _abi.VFIO_PCI_HOT_RESET_FLAG_DEV_ID)
-            found = []
-            for entry in request.devices[0 : request.count]:
-                address = PciAddress(entry.segment, entry.bus, entry.devfn >> 3, entry.devfn & 7)
-                # The same field is a device id, of which -1 means that it is not ours.
-                owned = entry.group_id != _abi.VFIO_PCI_DEVID_NOT_OWNED & 0xFFFFFFFF
-                found.append(HotResetDependent(address, None if by_id else entry.group_id, owned if by_id else None))
-            return tuple(found)
-        raise Malformed("the kernel does not settle on what a hot reset would reset", device=self.address)
+        return dependents_of(self._open(), self.address)
 
     def hot_reset(self) -> None:
         """Reset the slot or bus the device is in (VFIO_DEVICE_PCI_HOT_RESET), with all the functions that
         `hot_reset_dependents` lists: they must all be bound to vfio-pci, and their groups open in the same `Iommu`.
         Raises `NotPermitted`, which names those that are not."""
         dependents = self.hot_reset_dependents()
-        # Of an address space's groups only those concerned: the kernel refuses more files than there are functions.
-        concerned = {d.group for d in dependents}
-        groups = {number: fd for number, fd in self.iommu._backend.group_fds().items() if number in concerned}
-        if self._adopted and None not in concerned:
-            if self._group_fd < 0:
+        groups = self.iommu._backend.group_fds()
+        if self._adopted:
+            # Its number is with the others; there is none with iommufd, which needs no file.
+            own = next((d.group for d in dependents if d.address == self.address), None)
+            if own is not None and self._group_fd < 0:
                 raise Unsupported(
                     "cannot reset its slot or bus",
                     device=self.address,
                     cause="it was handed over without its group's file",
                     fix="send DeviceFds.group along with the others",
                 )
-            groups = {d.group: self._group_fd for d in dependents if d.group is not None and d.address == self.address}
-        request = _sys.struct("vfio_pci_hot_reset", group_fds=len(groups))
-        request.count = len(groups)
-        for i, fd in enumerate(groups.values()):
-            request.group_fds[i] = fd
-        try:
-            _sys.call(self._open(), _abi.VFIO_DEVICE_PCI_HOT_RESET, request)
-        except OSError as error:
-            if error.errno in (errno.EPERM, errno.EINVAL, errno.EACCES):
-                others = [str(d.address) for d in dependents if not (d.owned or d.group in groups)]
-                raise NotPermitted(
-                    "cannot reset its slot or bus",
-                    device=self.address,
-                    errno=error.errno,
-                    cause=f"it would reset {', '.join(others)} too" if others else None,
-                    fix="bind those to vfio-pci and open them in the same Iommu" if others else None,
-                ) from None
-            if error.errno == errno.ENOTTY:
-                raise DeviceGone(
-                    "it did not come back after its slot or bus was reset",
-                    device=self.address,
-                    errno=error.errno,
-                    cause="the link to it stays down; the end of the kernel log (dmesg) says more",
-                    fix="use reset if can_reset, else restart the machine",
-                ) from None
-            raise self._failed("cannot reset its slot or bus", error) from None
+            groups = {} if own is None else {own: self._group_fd}
+        hot_reset(self._open(), self.address, dependents, groups)
 
     # The end
 
@@ -393,9 +331,7 @@ class Device:
         return self.fd
 
     def _failed(self, doing: str, error: OSError) -> VfioError:
-        if error.errno == errno.ENODEV:
-            return DeviceGone(doing, device=self.address, errno=error.errno, cause="the device was removed")
-        return VfioError(doing, device=self.address, errno=error.errno)
+        return _diagnose.failed(self.address, doing, error)
 
 
 def open_device(

@@ -15,7 +15,7 @@ from vfio import _diagnose, _iommufd
 from vfio._backend import Backend, DeviceFds, IommuInfo
 from vfio._iommufd import Ioas
 from vfio._type1 import KINDS, Type1
-from vfio.errors import IovaError, LockedMemoryLimit, Malformed, MappingLimit, Unsupported, VfioError
+from vfio.errors import IovaError, Malformed, Unsupported, VfioError
 from vfio.iova import IovaAllocator, IovaRange
 from vfio.memory import HUGE_1G, HUGE_2M, Memory
 
@@ -222,7 +222,7 @@ class Iommu:
             self._mappings[iova] = mapping
         except OSError as error:
             account.release(iova, size)
-            raise self._map_failed(error, iova, size) from None
+            raise _diagnose.map_failed(error, iova, size, len(self._mappings), account.ranges) from None
         except BaseException:
             # A signal's, most likely. The kernel may or may not have done it.
             try:
@@ -291,37 +291,6 @@ class Iommu:
             if self._allocator is not None:
                 self._allocator.release(mapping.iova, mapping.size)
             mapping._closed()
-
-    def _map_failed(self, error: OSError, iova: int, size: int) -> VfioError:
-        doing = f"cannot map {size:#x} bytes for DMA at IOVA {iova:#x}"
-        code = error.errno
-        ranges = self._allocator.ranges if self._allocator is not None else ()
-        if code == errno.ENOSPC:
-            return MappingLimit(
-                doing,
-                errno=code,
-                cause=f"the kernel's limit on DMA mappings is reached; {len(self._mappings)} are open here",
-                fix="map fewer, larger pieces, or raise vfio_iommu_type1's module parameter dma_entry_limit",
-            )
-        if code == errno.ENOMEM:
-            used, limit, exempt = _diagnose.locked_memory()
-            if limit is not None and not exempt and (used or 0) + size > limit:
-                return LockedMemoryLimit(
-                    doing,
-                    errno=code,
-                    cause=f"the limit on locked memory is {_mib(limit)}, "
-                    f"{_mib(used or 0)} are locked already, {_mib(size)} more are needed",
-                    fix=f"raise it: ulimit -l {((used or 0) + size + 1023) // 1024} (in KiB), LimitMEMLOCK= in a "
-                    "systemd unit, memlock in /etc/security/limits.conf, or give the process CAP_IPC_LOCK",
-                )
-            return VfioError(doing, errno=code, cause="there is not enough memory to pin", fix="free some, or map less")
-        if code == errno.EFAULT:
-            return VfioError(
-                doing, errno=code, cause="the memory is not mapped in this process, or not for what the device may do"
-            )
-        if code == errno.EEXIST:
-            return IovaError(doing, errno=code, cause="another process sharing this IOMMU has something there")
-        return VfioError(doing, errno=code, cause="the kernel's ranges: " + ", ".join(map(str, ranges)))
 
     # Devices coming and going; called by Device
 
@@ -419,7 +388,3 @@ def open_for(function: PciFunction, interface: str, dev_root: str) -> Iommu:
     if interface == "auto":
         interface = "iommufd" if _iommufd.available(function, dev_root) else "group"
     return Iommu.open(interface, dev_root=dev_root, sysfs_root=function.sysfs_root)
-
-
-def _mib(size: int) -> str:
-    return f"{size / (1 << 20):.4g} MiB"

@@ -328,7 +328,7 @@ def test_an_interrupt_while_waiting_for_the_lock_leaks_nothing(
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("vfio.binding.fcntl.flock", interrupted)
+    monkeypatch.setattr("vfio._notes.fcntl.flock", interrupted)
     with pytest.raises(KeyboardInterrupt):
         machine.bind()
     assert open_fds() == before

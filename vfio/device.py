@@ -11,7 +11,7 @@ from vfio._backend import DeviceFds
 from vfio._hot_reset import HotResetDependent, dependents_of, hot_reset
 from vfio.config import ConfigSpace
 from vfio.errors import NotBound, Unsupported, VfioError
-from vfio.iommu import INTERFACES, Iommu, open_for
+from vfio.iommu import INTERFACES, Iommu, is_of, open_for
 from vfio.irqs import Irqs, file_number
 from vfio.pci import PciAddress, PciFunction
 from vfio.region import Area, Bar, RegionInfo, query_region
@@ -356,7 +356,7 @@ def open_device(
     function = PciFunction(address, sysfs_root=sysfs_root)
     if interface not in INTERFACES:
         raise Unsupported(f"there is no interface {interface!r}", fix=f"give one of {', '.join(INTERFACES)}")
-    if iommu is not None and interface not in ("auto", iommu.interface):
+    if iommu is not None and not is_of(iommu.interface, interface):
         raise Unsupported(
             f"it cannot be opened as {interface!r} into an address space that is {iommu.interface!r}",
             device=function.address,

@@ -383,6 +383,11 @@ class Iommu:
         return f"<Iommu {self.interface}{' closed' if self._closed else ''} {len(self._mappings)} mappings>"
 
 
+def is_of(interface: str, wanted: str) -> bool:
+    """Whether the interface of an address space is what somebody asked for."""
+    return wanted in ("auto", interface) or (wanted == "group" and interface in KINDS["group"][0])
+
+
 def open_for(function: PciFunction, interface: str, dev_root: str) -> Iommu:
     """A new address space for a function; "auto" takes iommufd where kernel and permissions offer it."""
     if interface == "auto":

@@ -466,6 +466,11 @@ def test_an_address_space_that_is_given_decides_the_interface(machine: Machine) 
             machine.open("group", iommu)
         machine.open("iommufd", iommu).close()
         machine.open("auto", iommu).close()
+    with vfio.Iommu.open("group", **machine.options) as iommu:
+        for interface in ("group", "type1v2", "auto"):
+            machine.open(interface, iommu).close()
+        with pytest.raises(vfio.Unsupported, match=r"cannot be opened as 'type1' into .* 'type1v2'"):
+            machine.open("type1", iommu)
 
 
 def test_the_choice_is_automatic_for_an_address_space_too(machine: Machine) -> None:

@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -440,6 +441,12 @@ def test_low_power(nvme: vfio.Device) -> None:
     assert registers.read32(8)
     with vfio.EventFd() as event:
         nvme.enter_low_power(wakeup=event)
+        # The kernel turns it off when it gets round to it; only then can an access wake it.
+        status = Path(vfio.PciFunction(nvme.address).path, "power/runtime_status")
+        deadline = time.monotonic() + 20
+        while status.read_text() != "suspended\n":
+            assert time.monotonic() < deadline, f"the device is still {status.read_text()}"
+            time.sleep(0.01)
         assert nvme.config.vendor_id == NVME[0]  # an access through the kernel wakes it
         assert event.wait(10)
         assert registers.read32(8)

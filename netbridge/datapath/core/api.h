@@ -130,7 +130,8 @@ enum nb_ring_feature {
 struct nb_virtqueue_config {
     uint16_t index;          /* the device's number for it */
     uint16_t size;           /* entries; of a split one a power of two; 32768 at most */
-    uint16_t table_segments; /* INDIRECT_DESC: segments of the longest chain that takes one descriptor; 0: not agreed */
+    uint16_t table_segments; /* INDIRECT_DESC: segments of the longest chain that takes one descriptor, `size` at most; 0:
+                              * not agreed */
     uint16_t features;       /* enum nb_ring_feature, or-ed */
     void *memory;            /* zeroed, `layout.bytes` long */
     uint64_t iova;           /* where the device sees `memory` */
@@ -141,17 +142,22 @@ struct nb_virtqueue_config {
 /* Where its parts lie, as byte offsets into its memory. */
 struct nb_virtqueue_layout {
     uint64_t desc;   /* descriptor area */
-    uint64_t driver; /* driver area: available ring */
-    uint64_t device; /* device area: used ring */
+    uint64_t driver; /* driver area: available ring, or event suppression structure */
+    uint64_t device; /* device area: used ring, or event suppression structure */
+    uint64_t tables; /* of INDIRECT_DESC, `table_segments` descriptors for each entry of the queue */
     uint64_t bytes;  /* of the whole */
 };
 /* Of the configuration `size`, `table_segments` and `features` matter. -1: these cannot be. */
 int nb_virtqueue_layout(const struct nb_virtqueue_config *config, struct nb_virtqueue_layout *layout);
 
-/* NULL: out of memory, or there is no layout for it. `memory` and `kick_fd` stay the caller's, who keeps them longer. */
+/* NULL: out of memory, or there is no layout for it. `memory`, `notify` and `kick_fd` stay the caller's, who keeps them longer. */
 struct nb_virtqueue *nb_virtqueue_new(const struct nb_virtqueue_config *config);
 void nb_virtqueue_free(struct nb_virtqueue *queue);
+/* Chains that the device has. */
 uint16_t nb_virtqueue_in_flight(const struct nb_virtqueue *queue);
+/* As new, memory and all, after the device was told to forget it. Puts the tokens of the chains that were in flight into
+ * `tokens`, room for `size` of them, in no particular order, and returns how many they are. */
+uint32_t nb_virtqueue_reset(struct nb_virtqueue *queue, uint32_t *tokens);
 
 /* The control queue: shows the device a chain of a command that it reads and room for an answer that it writes, and notifies
  * it. 0; -1: the last one has not come back. */

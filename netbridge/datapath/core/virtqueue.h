@@ -1,7 +1,8 @@
 /* A virtqueue, the driver's side, whatever its format: what the pump knows of it. It knows neither PCI nor Ethernet.
  *
  * Chains of segments are added under a token, shown to the device together, and come back with their token when the
- * device has used them. The formats are in ring_*.h; the private shadow, which is all that is believed, is in ring.h.
+ * device has used them. The formats are in ring_split.h and ring_packed.h; the private shadow, which is all that is
+ * believed, is in ring.h.
  */
 #ifndef NB_VIRTQUEUE_H
 #define NB_VIRTQUEUE_H
@@ -9,12 +10,13 @@
 #include <sys/eventfd.h>
 
 #include "ring.h"
+#include "ring_packed.h"
 #include "ring_split.h"
 
 /* Whether a chain of so many segments can be added. */
 static inline bool virtqueue_has_room(const struct nb_virtqueue *queue, uint32_t segments)
 {
-    return queue->free_count >= segments;
+    return queue->free_count >= (ring_uses_table(queue, segments) ? 1 : segments);
 }
 
 /* Whether more than half of the queue is free. */
@@ -32,49 +34,82 @@ static inline uint32_t virtqueue_in_flight(const struct nb_virtqueue *queue) { r
 static inline void virtqueue_add(struct nb_virtqueue *queue, const struct nb_segment *segments, uint32_t readable,
                                  uint32_t writable, uint32_t token)
 {
-    split_add(queue, segments, readable, writable, token);
+    if (queue->packed)
+        packed_add(queue, segments, readable, writable, token);
+    else
+        split_add(queue, segments, readable, writable, token);
 }
 
 /* Shows the device what was added, for it to find when it looks. The question whether to notify it is left for the next
  * virtqueue_publish(). */
-static inline void virtqueue_show(struct nb_virtqueue *queue) { split_show(queue); }
+static inline void virtqueue_show(struct nb_virtqueue *queue)
+{
+    if (queue->packed)
+        packed_show(queue);
+    else
+        split_show(queue);
+}
 
 /* Whether chains were added since the last virtqueue_publish(). */
 static inline bool virtqueue_has_unpublished(const struct nb_virtqueue *queue)
 {
-    return queue->avail_published != queue->avail_next;
+    return queue->unpublished != 0;
 }
 
-/* Shows the device what was added, and says whether it wants to be notified of what was added since the last time
- * (virtio 1.3 §2.7.13). */
+/* Shows the device what was added, and says whether it wants to be notified of anything that was added since the last
+ * time (virtio 1.3 §2.7.13, §2.8.21). */
 static inline bool virtqueue_publish(struct nb_virtqueue *queue)
 {
     if (!virtqueue_has_unpublished(queue))
         return false;
-    split_show(queue);
-    queue->avail_published = queue->avail_next;
-    /* The device says that it sleeps, then looks at the ring; we fill the ring, then look whether it sleeps. */
+    virtqueue_show(queue);
+    /* The device says when it wants to be woken, then looks at the ring; we fill the ring, then look what it said. */
     fence_store_load();
-    return split_wants_notification(queue);
+    bool wanted = queue->packed ? packed_wants_notification(queue) : split_wants_notification(queue);
+    queue->unpublished = 0;
+    return wanted;
 }
 
+/* Notifies the device. What it is told with NOTIFICATION_DATA is how far the ring is filled (virtio 1.3 §2.9, §4.1.5.2). */
 static inline void virtqueue_notify(const struct nb_virtqueue *queue)
 {
-    if (queue->kick_fd >= 0)
-        (void)!eventfd_write(queue->kick_fd, 1);
-    else
-        *(volatile uint16_t *)queue->notify = queue->index;
+    const struct nb_virtqueue_config *config = &queue->config;
+    if (config->kick_fd >= 0) {
+        (void)!eventfd_write(config->kick_fd, 1);
+    } else if (config->features & NB_RING_NOTIFICATION_DATA) {
+        uint16_t at = queue->packed ? packed_off_wrap(queue, queue->avail_next) : queue->avail_next;
+        *(volatile uint32_t *)config->notify = (uint32_t)at << 16 | config->index;
+    } else {
+        *(volatile uint16_t *)config->notify = config->index;
+    }
 }
 
 /* Looks what the device has completed: 0: nothing; otherwise virtqueue_take() gives some, and no more than this; or
  * -1 - the enum nb_device_fault. */
-static inline int virtqueue_completed(struct nb_virtqueue *queue) { return split_completed(queue); }
+static inline int virtqueue_completed(struct nb_virtqueue *queue)
+{
+    return queue->packed ? packed_completed(queue) : split_completed(queue);
+}
 
-/* Takes the next completed chain of those that virtqueue_completed() saw. 1; 0: there is none; or -1 - the enum
- * nb_device_fault. */
-static inline int virtqueue_take(struct nb_virtqueue *queue, struct nb_used *taken) { return split_take(queue, taken); }
+/* Takes the next completed chain; of a split queue, of those that virtqueue_completed() saw. 1; 0: there is none; or -1 -
+ * the enum nb_device_fault. */
+static inline int virtqueue_take(struct nb_virtqueue *queue, struct nb_used *taken)
+{
+    return queue->packed ? packed_take(queue, taken) : split_take(queue, taken);
+}
 
-/* Interrupts on or off: a hint to the device, so whoever turns them on looks once more, after a full fence. */
-static inline void virtqueue_set_interrupts(struct nb_virtqueue *queue, bool on) { split_set_interrupts(queue, on); }
+/* Interrupts on or off: a hint to the device, so whoever turns them on looks once more, after a full fence. On: for the
+ * next chain that completes, and for none after it with EVENT_IDX. */
+static inline void virtqueue_set_interrupts(struct nb_virtqueue *queue, bool on)
+{
+    /* With EVENT_IDX "on" names a position, which may have moved. */
+    if (queue->interrupts == on && !(on && queue->event_idx))
+        return;
+    queue->interrupts = on;
+    if (queue->packed)
+        packed_set_interrupts(queue, on);
+    else
+        split_set_interrupts(queue, on);
+}
 
 #endif

@@ -1,4 +1,4 @@
-/* The device's side of the rings: see fake_device.h. Offsets are virtio 1.3 §2.7's, spelt out. */
+/* What the device does with its rings, and what it does with frames: see fake_device.h. */
 #include "fake_device.h"
 
 #include <stdarg.h>
@@ -8,30 +8,16 @@
 #include <sys/eventfd.h>
 #include <unistd.h>
 
+#include "fake_ring.h"
+
 enum {
-    DESCRIPTOR_BYTES = 16,
-    DESCRIPTOR_LEN = 8,
-    DESCRIPTOR_FLAGS = 12,
-    DESCRIPTOR_NEXT = 14,
-    FLAG_NEXT = 1,
-    FLAG_WRITE = 2,
-    FLAG_INDIRECT = 4,
-    RING_FLAGS = 0,
-    RING_INDEX = 2,
-    RING_ENTRIES = 4,
-    AVAILABLE_BYTES = 2,
-    USED_BYTES = 8,
-    USED_LEN = 4,
-    NO_INTERRUPT = 1,
-    NO_NOTIFY = 1,
     HEADER_NUM_BUFFERS = 10,
     ISR_QUEUE = 1,
     ISR_CONFIG = 2,
     NOT_NOTIFIED = 0xffff,
 };
 
-static void violated(struct fake_device *device, const char *format, ...) __attribute__((format(printf, 2, 3)));
-static void violated(struct fake_device *device, const char *format, ...)
+void fake_violated(struct fake_device *device, const char *format, ...)
 {
     if (device->violation[0])
         return;
@@ -41,16 +27,6 @@ static void violated(struct fake_device *device, const char *format, ...)
     va_end(arguments);
 }
 
-static uint16_t get_16(const uint8_t *at) { return (uint16_t)(at[0] | at[1] << 8); }
-static uint32_t get_32(const uint8_t *at) { return get_16(at) | (uint32_t)get_16(at + 2) << 16; }
-static uint64_t get_64(const uint8_t *at) { return get_32(at) | (uint64_t)get_32(at + 4) << 32; }
-
-/* Words that the driver reads or writes at the same time. */
-static uint16_t shared_load_16(const uint8_t *at) { return __atomic_load_n((const uint16_t *)at, __ATOMIC_ACQUIRE); }
-static void shared_store_16(uint8_t *at, uint16_t value) { __atomic_store_n((uint16_t *)at, value, __ATOMIC_RELEASE); }
-static void shared_store_32(uint8_t *at, uint32_t value) { __atomic_store_n((uint32_t *)at, value, __ATOMIC_RELAXED); }
-static void full_fence(void) { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
-
 void fake_window_add(struct fake_device *device, struct fake_window window)
 {
     if (device->window_count == FAKE_MOST_WINDOWS)
@@ -58,7 +34,7 @@ void fake_window_add(struct fake_device *device, struct fake_window window)
     device->windows[device->window_count++] = window;
 }
 
-static uint8_t *translate(struct fake_device *device, uint64_t iova, uint64_t len, bool write)
+uint8_t *fake_translate(struct fake_device *device, uint64_t iova, uint64_t len, bool write)
 {
     for (unsigned i = 0; i < device->window_count; i++) {
         const struct fake_window *window = &device->windows[i];
@@ -67,25 +43,31 @@ static uint8_t *translate(struct fake_device *device, uint64_t iova, uint64_t le
             continue;
         bool crosses = window->stride && len && offset / window->stride != (offset + len - 1) / window->stride;
         if (len > window->bytes - offset || crosses)
-            violated(device, "%llu bytes at %#llx leave their buffer", (unsigned long long)len, (unsigned long long)iova);
+            fake_violated(device, "%llu bytes at %#llx leave their buffer", (unsigned long long)len, (unsigned long long)iova);
         else if (write ? !window->writable : !window->readable)
-            violated(device, "%#llx is not to be %s", (unsigned long long)iova, write ? "written" : "read");
+            fake_violated(device, "%#llx is not to be %s", (unsigned long long)iova, write ? "written" : "read");
         else
             return window->at + offset;
         return NULL;
     }
-    violated(device, "%#llx is nowhere", (unsigned long long)iova);
+    fake_violated(device, "%#llx is nowhere", (unsigned long long)iova);
     return NULL;
+}
+
+static const struct fake_ring *ring_of(const struct fake_queue *queue)
+{
+    return queue->place.features.packed ? &fake_packed_ring : &fake_split_ring;
 }
 
 void fake_attach(struct fake_device *device, struct fake_queue *queue, struct fake_queue_place place)
 {
     *queue = (struct fake_queue){.place = place};
-    queue->descriptors = translate(device, place.descriptors, (uint64_t)DESCRIPTOR_BYTES * place.size, false);
-    queue->available = translate(device, place.driver_area, RING_ENTRIES + AVAILABLE_BYTES * (uint64_t)place.size, false);
-    queue->used = translate(device, place.device_area, RING_ENTRIES + USED_BYTES * (uint64_t)place.size, true);
+    const struct fake_ring *ring = ring_of(queue);
+    queue->descriptors = fake_translate(device, place.descriptors, (uint64_t)DESCRIPTOR_BYTES * place.size, false);
+    queue->driver_area = fake_translate(device, place.driver_area, ring->driver_bytes(place.size), false);
+    queue->device_area = fake_translate(device, place.device_area, ring->device_bytes(place.size), true);
     queue->held = calloc(place.size, sizeof(queue->held[0]));
-    if (!queue->descriptors || !queue->available || !queue->used || !queue->held)
+    if (!queue->descriptors || !queue->driver_area || !queue->device_area || !queue->held)
         abort();
 }
 
@@ -95,79 +77,86 @@ void fake_detach(struct fake_device *device)
     free(device->tx.held);
 }
 
-uint16_t fake_available(const struct fake_queue *queue)
+void fake_start_at(struct fake_queue *queue, uint16_t index) { ring_of(queue)->start_at(queue, index); }
+
+bool fake_add_segment(struct fake_device *device, struct fake_chain *chain, const uint8_t *descriptor, uint16_t flags, uint16_t number)
 {
-    return (uint16_t)(shared_load_16(queue->available + RING_INDEX) - queue->available_taken);
+    struct fake_segment segment = {.len = get_32(descriptor + DESCRIPTOR_LEN), .descriptor = number};
+    segment.writable = flags & FLAG_WRITE;
+    if (chain->segments == FAKE_MOST_SEGMENTS)
+        fake_violated(device, "the chain with descriptor %u is too long", number);
+    else if (flags & ~(FLAG_NEXT | FLAG_WRITE))
+        fake_violated(device, "descriptor %u has flags %#x", number, flags);
+    else if (chain->segments && chain->segment[chain->segments - 1].writable && !segment.writable)
+        fake_violated(device, "descriptor %u is to be read, and one before it to be written", number);
+    else
+        segment.at = fake_translate(device, get_64(descriptor), segment.len, segment.writable);
+    if (!segment.at)
+        return false;
+    chain->segment[chain->segments++] = segment;
+    return true;
 }
 
-static bool read_chain(struct fake_device *device, struct fake_queue *queue, uint16_t head, struct fake_chain *chain)
+const uint8_t *fake_table(struct fake_device *device, const struct fake_queue *queue, const uint8_t *descriptor, uint16_t flags,
+                          uint32_t *count)
 {
-    uint16_t next = head;
-    *chain = (struct fake_chain){.head = head};
-    for (;;) {
-        if (next >= queue->place.size || queue->held[next]) {
-            violated(device, "descriptor %u is %s", next, next >= queue->place.size ? "out of range" : "in use already");
-            return false;
-        }
-        if (chain->segments == FAKE_MOST_SEGMENTS) {
-            violated(device, "the chain from descriptor %u is too long", head);
-            return false;
-        }
-        const uint8_t *descriptor = queue->descriptors + (size_t)DESCRIPTOR_BYTES * next;
-        uint16_t flags = get_16(descriptor + DESCRIPTOR_FLAGS);
-        struct fake_segment segment = {.len = get_32(descriptor + DESCRIPTOR_LEN), .descriptor = next};
-        segment.writable = flags & FLAG_WRITE;
-        if (flags & FLAG_INDIRECT || flags & ~(FLAG_NEXT | FLAG_WRITE)) {
-            violated(device, "descriptor %u has flags %#x", next, flags);
-            return false;
-        }
-        segment.at = translate(device, get_64(descriptor), segment.len, segment.writable);
-        if (!segment.at)
-            return false;
-        chain->segment[chain->segments++] = segment;
-        queue->held[next] = true;
-        if (!(flags & FLAG_NEXT))
-            return true;
-        next = get_16(descriptor + DESCRIPTOR_NEXT);
+    uint32_t bytes = get_32(descriptor + DESCRIPTOR_LEN);
+    *count = bytes / DESCRIPTOR_BYTES;
+    if (!queue->place.features.indirect || flags != FLAG_INDIRECT || bytes == 0 || bytes % DESCRIPTOR_BYTES ||
+        *count > queue->place.size) {
+        fake_violated(device, "a table of %u bytes with flags %#x%s", bytes, flags,
+                      queue->place.features.indirect ? "" : ", although INDIRECT_DESC was not agreed");
+        return NULL;
     }
+    return fake_translate(device, get_64(descriptor), bytes, false);
 }
+
+uint16_t fake_available(const struct fake_queue *queue) { return ring_of(queue)->available(queue); }
+
+void fake_skip_available(struct fake_queue *queue) { ring_of(queue)->skip(queue); }
 
 bool fake_pop(struct fake_device *device, struct fake_queue *queue, struct fake_chain *chain)
 {
-    uint16_t waiting = fake_available(queue);
-    if (waiting == 0)
-        return false;
-    if (waiting > queue->place.size) {
-        violated(device, "available index ran ahead by %u in a queue of %u", waiting, queue->place.size);
-        return false;
-    }
-    uint16_t slot = queue->available_taken % queue->place.size;
-    queue->available_taken++;
-    return read_chain(device, queue, get_16(queue->available + RING_ENTRIES + AVAILABLE_BYTES * slot), chain);
+    return ring_of(queue)->pop(device, queue, chain);
+}
+
+void fake_unpush(struct fake_queue *queue) { ring_of(queue)->unpush(queue); }
+
+static void end_batch(struct fake_queue *queue)
+{
+    if (queue->batch)
+        ring_of(queue)->push(queue, queue->batch_id, queue->batch_len, queue->batch, queue->batch_descriptors);
+    queue->batch = queue->batch_descriptors = 0;
 }
 
 void fake_push(struct fake_queue *queue, uint32_t id, uint32_t len)
 {
-    uint8_t *element = queue->used + RING_ENTRIES + USED_BYTES * (size_t)(queue->used_index++ % queue->place.size);
-    shared_store_32(element, id);
-    shared_store_32(element + USED_LEN, len);
-}
-
-static void let_go(struct fake_queue *queue, const struct fake_chain *chain)
-{
-    for (unsigned i = 0; i < chain->segments; i++)
-        queue->held[chain->segment[i].descriptor] = false;
+    uint16_t descriptors = id < queue->place.size ? queue->held[id] : 0;
+    end_batch(queue);
+    ring_of(queue)->push(queue, id, len, 1, descriptors ? descriptors : 1);
 }
 
 void fake_give_back(struct fake_queue *queue, const struct fake_chain *chain, uint32_t len)
 {
-    let_go(queue, chain);
-    fake_push(queue, chain->head, len);
+    uint32_t room = 0;
+    for (unsigned i = 0; i < chain->segments; i++)
+        room += chain->segment[i].writable ? chain->segment[i].len : 0;
+    ring_of(queue)->let_go(queue, chain);
+    /* The driver takes all chains of a batch but the last for used completely. */
+    if (!queue->place.features.in_order || !queue->batch_may_grow)
+        end_batch(queue);
+    queue->batch++;
+    queue->batch_descriptors += chain->descriptors;
+    queue->batch_id = chain->head;
+    queue->batch_len = len;
+    queue->batch_may_grow = room == 0 || len == room;
 }
 
-void fake_publish(struct fake_queue *queue) { fake_set_used_index(queue, queue->used_index); }
-
-void fake_set_used_index(struct fake_queue *queue, uint16_t index) { shared_store_16(queue->used + RING_INDEX, index); }
+void fake_publish(struct fake_queue *queue)
+{
+    end_batch(queue);
+    ring_of(queue)->publish(queue);
+}
 
 void fake_intx_poll(struct fake_device *device)
 {
@@ -193,7 +182,7 @@ void fake_config_changed(struct fake_device *device)
 void fake_interrupt(struct fake_device *device, struct fake_queue *queue)
 {
     full_fence(); /* used index, then the driver's wish; it writes its wish, then looks at the index */
-    if (shared_load_16(queue->available + RING_FLAGS) & NO_INTERRUPT) {
+    if (!ring_of(queue)->wants_interrupt(queue)) {
         device->interrupts_suppressed++;
         return;
     }
@@ -210,18 +199,23 @@ void fake_want_notifications(struct fake_queue *queue, bool wanted)
 {
     if (wanted)
         __atomic_store_n(queue->place.notify, NOT_NOTIFIED, __ATOMIC_RELAXED);
-    shared_store_16(queue->used + RING_FLAGS, wanted ? 0 : NO_NOTIFY);
+    ring_of(queue)->want_notifications(queue, wanted);
     full_fence();
 }
 
 bool fake_notified(const struct fake_queue *queue)
 {
-    return __atomic_load_n(queue->place.notify, __ATOMIC_RELAXED) != NOT_NOTIFIED;
+    return (uint16_t)__atomic_load_n(queue->place.notify, __ATOMIC_RELAXED) != NOT_NOTIFIED;
 }
 
-void fake_touch(struct fake_queue *queue)
+void fake_touch_interrupts(struct fake_queue *queue)
 {
-    __atomic_fetch_or((uint16_t *)(queue->available + RING_FLAGS), 0, __ATOMIC_RELAXED);
+    __atomic_fetch_or((uint16_t *)ring_of(queue)->interrupt_word(queue), 0, __ATOMIC_RELAXED);
+}
+
+void fake_touch_notifications(struct fake_queue *queue)
+{
+    __atomic_fetch_or((uint16_t *)ring_of(queue)->notification_word(queue), 0, __ATOMIC_RELAXED);
 }
 
 /* ---- Frames --------------------------------------------------------------------------------------------------- */
@@ -258,8 +252,12 @@ static void push_pieces(struct fake_device *device, struct fake_queue *queue, co
 {
     for (unsigned i = 0; i < pieces; i++) {
         uint32_t len = claimed_length(device, &chains[i], written[i]);
-        let_go(queue, &chains[i]);
-        fake_push(queue, device->lie == FAKE_ID_OUT_OF_RANGE ? queue->place.size : chains[i].head, len);
+        if (device->lie == FAKE_ID_OUT_OF_RANGE) {
+            ring_of(queue)->let_go(queue, &chains[i]);
+            fake_push(queue, queue->place.size, len);
+            continue;
+        }
+        fake_give_back(queue, &chains[i], len);
         if (device->lie == FAKE_ID_TWICE)
             fake_push(queue, chains[i].head, len);
     }
@@ -299,19 +297,19 @@ unsigned fake_deliver(struct fake_device *device, const uint8_t *frame, uint32_t
     while (room < device->header_bytes + len) {
         if (pieces == FAKE_MOST_PIECES || !fake_pop(device, queue, &chains[pieces])) {
             for (unsigned i = 0; i < pieces; i++)
-                let_go(queue, &chains[i]);
+                ring_of(queue)->let_go(queue, &chains[i]);
             queue->available_taken = taken_before;
             return 0;
         }
         const struct fake_chain *chain = &chains[pieces++];
         if (chain->segments != 1 || !chain->segment[0].writable || chain->segment[0].len <= device->header_bytes) {
-            violated(device, "descriptor %u is no receive buffer", chain->head);
+            fake_violated(device, "descriptor %u is no receive buffer", chain->head);
             return 0;
         }
         room += chain->segment[0].len;
     }
     if (pieces > 1 && !device->merges) {
-        violated(device, "a frame of %u bytes does not fit a buffer", len);
+        fake_violated(device, "a frame of %u bytes does not fit a buffer", len);
         return 0;
     }
     uint8_t header[16] = {0};
@@ -334,11 +332,11 @@ bool fake_collect(struct fake_device *device, struct fake_chain *chain, uint8_t 
         const struct fake_segment *segment = &chain->segment[i];
         uint32_t skipped = skip < segment->len ? skip : segment->len;
         if (segment->writable) {
-            violated(device, "descriptor %u of a frame to send is writable", segment->descriptor);
+            fake_violated(device, "descriptor %u of a frame to send is writable", segment->descriptor);
             return false;
         }
         if (memcmp(segment->at, zeroes, skipped) != 0) {
-            violated(device, "a frame's header asks for offloads");
+            fake_violated(device, "a frame's header asks for offloads");
             return false;
         }
         skip -= skipped;
@@ -346,7 +344,7 @@ bool fake_collect(struct fake_device *device, struct fake_chain *chain, uint8_t 
         *len += segment->len - skipped;
     }
     if (skip)
-        violated(device, "a frame has no whole header");
+        fake_violated(device, "a frame has no whole header");
     return !skip;
 }
 

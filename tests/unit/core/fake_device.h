@@ -1,4 +1,4 @@
-/* A network device's side of two split virtqueues (virtio 1.3 §2.7, §5.1), for tests.
+/* A network device's side of two virtqueues of either format (virtio 1.3 §2.7, §2.8, §5.1), for tests.
  *
  * It shares no definition with the driver: whoever mixes up an offset there must not find the same mix-up here. Every
  * address the driver gives it goes through a table of windows, as through an IOMMU: outside of them, across a buffer's
@@ -32,11 +32,21 @@ struct fake_segment {
 
 enum { FAKE_MOST_SEGMENTS = 4, FAKE_MOST_WINDOWS = 8, FAKE_MOST_PIECES = 64 };
 
-/* A chain of descriptors that the device has taken from the available ring. */
+/* A chain that the device has taken. */
 struct fake_chain {
-    uint16_t head;
+    uint16_t head;        /* how it is given back: number of its first descriptor, or its buffer id */
+    uint16_t descriptors; /* it takes of the ring: one when they are in a table */
     uint16_t segments;
     struct fake_segment segment[FAKE_MOST_SEGMENTS];
+};
+
+/* What was agreed about the rings. */
+struct fake_features {
+    bool packed;
+    bool event_idx;
+    bool indirect;
+    bool in_order; /* the device then says as little as it may: one used element for several chains */
+    bool notification_data;
 };
 
 /* Where the driver has put a queue: addresses as the device is given them. */
@@ -45,18 +55,31 @@ struct fake_queue_place {
     uint64_t driver_area;
     uint64_t device_area;
     uint16_t size;
-    volatile uint16_t *notify; /* where the driver's notifications go; the device takes them away */
+    volatile uint32_t *notify; /* where the driver's notifications go; the device takes them away */
     int irq_fd;                /* -1: none, or INTx */
+    struct fake_features features;
 };
 
 struct fake_queue {
     struct fake_queue_place place;
     uint8_t *descriptors;
-    uint8_t *available;
-    uint8_t *used;
+    uint8_t *driver_area;
+    uint8_t *device_area;
+    /* Positions: as the ring's indices count (split), or from 0 to twice the size (packed, two laps of the ring). */
     uint16_t available_taken;
     uint16_t used_index;
-    bool *held; /* by descriptor: the device has it */
+    uint16_t interrupted; /* the driver's wish for an interrupt was looked at for all before */
+    uint16_t *held;       /* by head: ring descriptors of the chain the device has; by descriptor, for a split ring */
+    /* A packed descriptor that says it is used, but for its flags. */
+    bool withholds;
+    uint16_t withheld_at;
+    uint16_t withheld_flags;
+    /* IN_ORDER: completed chains for which one element will stand. */
+    uint16_t batch;
+    uint16_t batch_descriptors;
+    uint16_t batch_id;
+    uint32_t batch_len;
+    bool batch_may_grow;
 };
 
 enum fake_lie {
@@ -68,8 +91,8 @@ enum fake_lie {
     FAKE_NUM_BUFFERS_ZERO,
     FAKE_NUM_BUFFERS_TOO_MANY,
     FAKE_NUM_BUFFERS_NEVER_REACHED,
-    FAKE_INDEX_JUMP,
-    FAKE_INDEX_BACK,
+    FAKE_INDEX_JUMP, /* split rings only */
+    FAKE_INDEX_BACK, /* split rings only */
     FAKE_LIES
 };
 
@@ -97,8 +120,13 @@ void fake_window_add(struct fake_device *device, struct fake_window window);
 void fake_attach(struct fake_device *device, struct fake_queue *queue, struct fake_queue_place place);
 void fake_detach(struct fake_device *device);
 
+/* Where both rings begin, instead of at 0: before anything is made available. */
+void fake_start_at(struct fake_queue *queue, uint16_t index);
+
 /* Available chains that the device has not taken. */
 uint16_t fake_available(const struct fake_queue *queue);
+/* Takes them all without a look at what they are. */
+void fake_skip_available(struct fake_queue *queue);
 /* Takes the next available chain; false: none, or a violation. */
 bool fake_pop(struct fake_device *device, struct fake_queue *queue, struct fake_chain *chain);
 /* Writes a used element in the next place; nobody sees it before fake_publish. Any id and length. */
@@ -106,7 +134,9 @@ void fake_push(struct fake_queue *queue, uint32_t id, uint32_t len);
 /* fake_push for a chain that the device holds, and holds no longer. */
 void fake_give_back(struct fake_queue *queue, const struct fake_chain *chain, uint32_t len);
 void fake_publish(struct fake_queue *queue);
-/* Writes any used index. */
+/* As if the last push, of a chain of one descriptor, had not been, nor the question whether to interrupt for it. */
+void fake_unpush(struct fake_queue *queue);
+/* Writes any used index: split rings only. */
 void fake_set_used_index(struct fake_queue *queue, uint16_t index);
 /* Interrupts, unless the driver asked for none. */
 void fake_interrupt(struct fake_device *device, struct fake_queue *queue);
@@ -118,11 +148,13 @@ bool fake_collect(struct fake_device *device, struct fake_chain *chain, uint8_t 
 /* fake_give_back for a TX chain, or a lie. */
 void fake_complete(struct fake_device *device, const struct fake_chain *chain);
 
-/* NO_NOTIFY. Turning notifications on throws earlier ones away; then look at the rings, then wait for fake_notified. */
+/* Asks for a notification of the next chain, or for none. Turning notifications on throws earlier ones away; then look at the rings, then wait for fake_notified. */
 void fake_want_notifications(struct fake_queue *queue, bool wanted);
 bool fake_notified(const struct fake_queue *queue);
-/* Writes what stands there already over the head of the available ring, to have it in this processor's cache. */
-void fake_touch(struct fake_queue *queue);
+/* Writes what stands there already over the driver's wish for interrupts, or the device's for notifications, to have it in
+ * this processor's cache. */
+void fake_touch_interrupts(struct fake_queue *queue);
+void fake_touch_notifications(struct fake_queue *queue);
 
 /* The configuration changed: INTx only. */
 void fake_config_changed(struct fake_device *device);

@@ -64,9 +64,15 @@ static void device_move(struct world *world)
             fake_publish(queue);
         }
         break;
-    case 6: /* any index */
-        if (one_in(16))
+    case 6: /* any index, or any flags of any descriptor */
+        if (one_in(16) && !world->config.ring.packed) {
             fake_set_used_index(queue, (uint16_t)odd_number());
+        } else if (one_in(16)) {
+            static const uint16_t flags[] = {0, 0x80, 0x8000, 0x8080};
+            uint16_t *at = (uint16_t *)(queue->descriptors + 16 * (draw() % queue->place.size) + 14);
+            *at = one_in(4) ? (uint16_t)draw() : flags[draw() % 4];
+            scribbled = true;
+        }
         break;
     default: /* anything at all in the queue's memory */
         if (one_in(16)) {
@@ -76,7 +82,8 @@ static void device_move(struct world *world)
             uint32_t size = queue->place.size;
             uint32_t part = draw() % 3;
             uint8_t *at = memory + (part == 0 ? layout->desc : part == 1 ? layout->driver : layout->device);
-            uint32_t bytes = part == 0 ? 16 * size : part == 1 ? 4 + 2 * size : 4 + 8 * size;
+            bool packed = world->config.ring.packed;
+            uint32_t bytes = part == 0 ? 16 * size : packed ? 4 : part == 1 ? 4 + 2 * size : 4 + 8 * size;
             for (uint32_t i = 0; i < bytes; i++)
                 if (one_in(4))
                     at[i] = (uint8_t)draw();
@@ -140,9 +147,11 @@ static void live_and_lie(uint64_t seed)
     uint32_t count = 0;
     scribbled = false;
     state = seed * 0x9e3779b97f4a7c15ull + 1;
+    bool packed = one_in(2);
     world_open(&world, (struct world_config){
-                           .rx_size = (uint16_t)(1u << draw() % 7),
-                           .tx_size = (uint16_t)(2u << draw() % 6),
+                           .ring = {packed, one_in(2), one_in(2), one_in(3), one_in(4)},
+                           .rx_size = (uint16_t)(packed ? 1 + draw() % 70 : 1u << draw() % 7),
+                           .tx_size = (uint16_t)(packed ? 2 + draw() % 70 : 2u << draw() % 6),
                            .rx_count = 1 + draw() % 64,
                            .tx_count = 1 + draw() % 64,
                            .max_pieces = one_in(2) ? 1 : 1 + draw() % 64,

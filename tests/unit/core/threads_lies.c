@@ -9,6 +9,8 @@ static void expect_lie_under_load(enum fake_lie lie, enum nb_device_fault fault)
     struct traffic traffic;
     struct echo echo;
     world_open(&world, (struct world_config){.max_pieces = 4});
+    if (world.config.ring.packed && lie == FAKE_INDEX_JUMP)
+        lie = FAKE_ID_OUT_OF_RANGE, fault = NB_FAULT_USED_ID; /* there is no index */
     world_start_pump(&world);
     echo_start(&echo, &world);
     traffic_start(&traffic, &world, (struct traffic_config){.frames = 3000, .window = 60, .burst = 8, .scrambled = true,

@@ -155,19 +155,25 @@ TEST(pump_falls_asleep_while_the_client_gives_back)
 
 /* ---- The pump falls asleep while the device completes --------------------------------------------------------- */
 
+static bool completed;
+
 static void pump_wakes_up_to_no_completion(struct world *world)
 {
     white_box_stop_asking(world->pump);
-    fake_set_used_index(&world->device.rx, 0);
+    if (completed)
+        fake_unpush(&world->device.rx);
+    completed = false;
 }
 
-static void device_sees_the_pump_awake(struct world *world) { fake_touch(&world->device.rx); }
+static void device_sees_the_pump_awake(struct world *world) { fake_touch_interrupts(&world->device.rx); }
 
 static bool device_completes(struct world *world)
 {
     uint64_t sent = world->device.interrupts_sent;
-    fake_set_used_index(&world->device.rx, 1);
+    fake_push(&world->device.rx, 0, HEADER + 60);
+    fake_publish(&world->device.rx);
     fake_interrupt(&world->device, &world->device.rx);
+    completed = true;
     return world->device.interrupts_sent != sent;
 }
 
@@ -221,15 +227,11 @@ TEST(client_falls_asleep_while_the_pump_hands_over)
 static void device_wakes_up_to_no_chain(struct world *world)
 {
     fake_want_notifications(&world->device.tx, false);
-    world->device.tx.available_taken += fake_available(&world->device.tx);
-    fake_touch(&world->device.tx);
+    fake_skip_available(&world->device.tx);
+    fake_touch_interrupts(&world->device.tx);
 }
 
-static void pump_sees_the_device_awake(struct world *world)
-{
-    uint16_t *flags = (uint16_t *)(world->tx_memory.driver + world->tx_layout.device);
-    __atomic_store_n(flags, 1, __ATOMIC_RELAXED);
-}
+static void pump_sees_the_device_awake(struct world *world) { fake_touch_notifications(&world->device.tx); }
 
 static bool pump_publishes(struct world *world) { return white_box_publish(world->pump); }
 

@@ -29,7 +29,17 @@ LINK_FLAGS = ("-Wl,--wrap=epoll_wait,--wrap=poll,--wrap=eventfd_write",)
 # Not compiled by themselves: a file in the tests' directory includes them, to see their inside.
 INCLUDED_ELSEWHERE = {"pump.c", "client.c"}
 # What every test program needs besides its cases.
-SUPPORT = ("check", "fake_device", "jitter", "traffic", "white_box_client", "white_box_pump", "world")
+SUPPORT = (
+    "check",
+    "fake_device",
+    "fake_ring_packed",
+    "fake_ring_split",
+    "jitter",
+    "traffic",
+    "white_box_client",
+    "white_box_pump",
+    "world",
+)
 
 _CASE = re.compile(r"^TEST\((\w+)\)", re.MULTILINE)
 
@@ -116,9 +126,11 @@ def compile_program(sources: Mapping[Path, Sequence[str]], program: Path, link_f
     unfinished.rename(program)
 
 
-def run(variant: Variant, command: Sequence[str | Path], timeout: float) -> subprocess.CompletedProcess[str]:
-    """Runs a program of this variant. Raises subprocess.TimeoutExpired."""
-    environment = {**os.environ, **dict(variant.environment)}
+def run(
+    variant: Variant, command: Sequence[str | Path], timeout: float, **more: str
+) -> subprocess.CompletedProcess[str]:
+    """Runs a program of this variant, with `more` in its environment. Raises subprocess.TimeoutExpired."""
+    environment = {**os.environ, **dict(variant.environment), **more}
     return subprocess.run(
         command,
         env=environment,

@@ -180,6 +180,7 @@ void traffic_start(struct traffic *traffic, struct world *world, struct traffic_
         config.window = 1;
     if (!config.burst)
         config.burst = 1;
+    config.scrambled &= !world->config.ring.in_order;
     *traffic = (struct traffic){.config = config, .world = world, .random = 0x2545f491};
     CHECK_EQ(pthread_create(&traffic->thread, NULL, serve, traffic), 0);
 }

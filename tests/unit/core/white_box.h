@@ -5,6 +5,8 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "ring.h"
+
 struct nb_pump;
 
 /* Before nb_pump_prime: all four ring counts begin at `ring_position`, both virtqueues' indices at `queue_index`. */
@@ -18,6 +20,9 @@ void white_box_stop_asking(struct nb_pump *pump);
 bool white_box_hand_over_and_wake(struct nb_pump *pump, uint32_t produced);
 /* Shows the device one more TX chain. True: it wants to be notified. */
 bool white_box_publish(struct nb_pump *pump);
+/* Adds a TX chain that the device reads, and shows what was added. */
+void white_box_add(struct nb_pump *pump, const struct nb_segment *segments, uint32_t count);
+void white_box_show(struct nb_pump *pump);
 /* Buffers of a merged frame of which more is to come. */
 uint32_t white_box_gathered(const struct nb_pump *pump);
 

@@ -7,8 +7,21 @@
 
 static void start_queue_at(struct nb_virtqueue *queue, uint16_t index)
 {
-    queue->avail_next = queue->avail_published = queue->used_next = queue->used_shown = index;
-    queue->avail->idx = queue->used->idx = index;
+    if (queue->packed)
+        index %= 2 * queue->size;
+    queue->avail_next = queue->avail_shown = queue->used_next = queue->used_shown = index;
+    if (queue->packed) {
+        /* As they are after so many descriptors: used, before this place in this lap, behind it in the one before. */
+        bool first_lap = index < queue->size;
+        for (uint16_t i = 0; i < queue->size; i++) {
+            bool used_in_first_lap = i < packed_offset(queue, index) ? first_lap : !first_lap;
+            queue->packed_desc[i].flags = used_in_first_lap ? VRING_PACKED_F_AVAIL | VRING_PACKED_F_USED : 0;
+        }
+    } else {
+        queue->avail->idx = queue->used->idx = index;
+    }
+    virtqueue_set_interrupts(queue, false);
+    virtqueue_set_interrupts(queue, true);
 }
 
 void white_box_start_at(struct nb_pump *pump, uint32_t ring_position, uint16_t queue_index)
@@ -35,9 +48,21 @@ bool white_box_hand_over_and_wake(struct nb_pump *pump, uint32_t produced)
 
 bool white_box_publish(struct nb_pump *pump)
 {
-    pump->config.tx_queue->avail_next++;
-    return virtqueue_publish(pump->config.tx_queue);
+    struct nb_virtqueue *queue = pump->config.tx_queue;
+    struct nb_segment segment = {.len = 1};
+    uint16_t head = queue->free_head;
+    virtqueue_add(queue, &segment, 1, 0, 0);
+    bool notify = virtqueue_publish(queue);
+    ring_unbook(queue, head, head); /* this chain will never come back */
+    return notify;
 }
+
+void white_box_add(struct nb_pump *pump, const struct nb_segment *segments, uint32_t count)
+{
+    virtqueue_add(pump->config.tx_queue, segments, count, 0, 0);
+}
+
+void white_box_show(struct nb_pump *pump) { virtqueue_show(pump->config.tx_queue); }
 
 uint32_t white_box_gathered(const struct nb_pump *pump) { return pump->pieces_gathered; }
 
@@ -104,12 +129,11 @@ static const char *audit_queue(const struct nb_virtqueue *queue, const struct nb
         return "the device owns buffers that are not in flight";
     if (descriptors + queue->free_count != queue->size)
         return "a descriptor was lost";
-    uint32_t free_descriptors = 0;
-    for (uint16_t i = queue->free_head; free_descriptors < queue->free_count; i = queue->slots[i].next) {
-        if (i >= queue->size || queue->slots[i].length != 0)
-            return "the list of free descriptors is broken";
-        free_descriptors++;
-    }
+    uint32_t free_slots = queue->packed ? queue->size - chains : queue->free_count;
+    uint16_t slot = queue->free_head;
+    for (uint32_t i = 0; i < free_slots; i++, slot = queue->slots[slot].next)
+        if (slot >= queue->size || queue->slots[slot].length != 0)
+            return "the list of free slots is broken";
     return NULL;
 }
 

@@ -108,11 +108,11 @@ static void poison_between(uint8_t *base, uint64_t from, uint64_t to)
     ASAN_POISON_MEMORY_REGION(base + from, to - from);
 }
 
-static void poison_queue_gaps(uint8_t *base, const struct nb_virtqueue_layout *layout, uint16_t size)
+static void poison_queue_gaps(uint8_t *base, const struct nb_virtqueue_layout *layout, uint16_t size, bool packed)
 {
     poison_between(base, layout->desc + 16u * size, layout->driver);
-    poison_between(base, layout->driver + 6 + 2u * size, layout->device);
-    poison_between(base, layout->device + 6 + 8u * size, layout->bytes);
+    poison_between(base, layout->driver + (packed ? 4 : 6 + 2u * size), layout->device);
+    poison_between(base, layout->device + (packed ? 4 : 6 + 8u * size), layout->tables);
 }
 
 /* ---- Opening -------------------------------------------------------------------------------------------------- */
@@ -127,13 +127,30 @@ static uint32_t slots_for(uint32_t buffers)
     return slots;
 }
 
+static struct nb_virtqueue_config queue_config(const struct world_config *config, uint16_t index, uint16_t size,
+                                               uint64_t iova, uint32_t *notify)
+{
+    const struct fake_features *ring = &config->ring;
+    uint16_t segments = (uint16_t)or_default(config->table_segments, 4);
+    uint32_t features = (ring->packed ? NB_RING_PACKED : 0) | (ring->event_idx ? NB_RING_EVENT_IDX : 0) |
+                        (ring->in_order ? NB_RING_IN_ORDER : 0) |
+                        (ring->notification_data ? NB_RING_NOTIFICATION_DATA : 0);
+    return (struct nb_virtqueue_config){
+        .index = index,
+        .size = size,
+        .table_segments = !ring->indirect ? 0 : segments < size ? segments : size,
+        .features = (uint16_t)features,
+        .iova = iova,
+        .notify = notify,
+        .kick_fd = -1,
+    };
+}
+
 static void open_memory(struct world *world)
 {
     const struct world_config *config = &world->config;
-    world->rx_config = (struct nb_virtqueue_config){
-        .index = 0, .size = config->rx_size, .iova = RX_QUEUE_IOVA, .notify = &world->rx_notify, .kick_fd = -1};
-    world->tx_config = (struct nb_virtqueue_config){
-        .index = 1, .size = config->tx_size, .iova = TX_QUEUE_IOVA, .notify = &world->tx_notify, .kick_fd = -1};
+    world->rx_config = queue_config(config, 0, config->rx_size, RX_QUEUE_IOVA, &world->rx_notify);
+    world->tx_config = queue_config(config, 1, config->tx_size, TX_QUEUE_IOVA, &world->tx_notify);
     CHECK_EQ(nb_virtqueue_layout(&world->rx_config, &world->rx_layout), 0);
     CHECK_EQ(nb_virtqueue_layout(&world->tx_config, &world->tx_layout), 0);
     world->rx = share_memory((uint64_t)config->rx_count * STRIDE, READ, READ_WRITE, READ);
@@ -153,10 +170,10 @@ static void open_memory(struct world *world)
     poison_headrooms(world->rx.client, config->rx_count, HEADER);
     poison_headrooms(world->tx.device, config->tx_count, 0);
     poison_headrooms(world->tx.client, config->tx_count, 0);
-    poison_queue_gaps(world->rx_memory.driver, &world->rx_layout, config->rx_size);
-    poison_queue_gaps(world->rx_memory.device, &world->rx_layout, config->rx_size);
-    poison_queue_gaps(world->tx_memory.driver, &world->tx_layout, config->tx_size);
-    poison_queue_gaps(world->tx_memory.device, &world->tx_layout, config->tx_size);
+    poison_queue_gaps(world->rx_memory.driver, &world->rx_layout, config->rx_size, config->ring.packed);
+    poison_queue_gaps(world->rx_memory.device, &world->rx_layout, config->rx_size, config->ring.packed);
+    poison_queue_gaps(world->tx_memory.driver, &world->tx_layout, config->tx_size, config->ring.packed);
+    poison_queue_gaps(world->tx_memory.device, &world->tx_layout, config->tx_size, config->ring.packed);
 }
 
 static int new_eventfd(void)
@@ -213,6 +230,22 @@ static struct nb_ring_place place_ring(const struct world *world, int ring, bool
     };
 }
 
+static void attach(struct world *world, struct fake_queue *queue, const struct nb_virtqueue_config *config,
+                   const struct nb_virtqueue_layout *layout, uint32_t *notify, int irq_fd)
+{
+    fake_attach(&world->device, queue,
+                (struct fake_queue_place){
+                    .descriptors = config->iova + layout->desc,
+                    .driver_area = config->iova + layout->driver,
+                    .device_area = config->iova + layout->device,
+                    .size = config->size,
+                    .notify = notify,
+                    .irq_fd = irq_fd,
+                    .features = world->config.ring,
+                });
+    fake_start_at(queue, world->config.queue_index);
+}
+
 static void open_device(struct world *world)
 {
     struct fake_device *device = &world->device;
@@ -228,16 +261,8 @@ static void open_device(struct world *world)
     fake_window_add(device, (struct fake_window){HEADER_IOVA, world->header.device, HEADER, 0, true, false});
     fake_window_add(device, (struct fake_window){RX_QUEUE_IOVA, world->rx_memory.device, world->rx_memory.bytes, 0, true, true});
     fake_window_add(device, (struct fake_window){TX_QUEUE_IOVA, world->tx_memory.device, world->tx_memory.bytes, 0, true, true});
-    fake_attach(device, &device->rx,
-                (struct fake_queue_place){RX_QUEUE_IOVA + world->rx_layout.desc, RX_QUEUE_IOVA + world->rx_layout.driver,
-                                          RX_QUEUE_IOVA + world->rx_layout.device, world->config.rx_size,
-                                          &world->rx_notify, world->rx_irq_fd});
-    fake_attach(device, &device->tx,
-                (struct fake_queue_place){TX_QUEUE_IOVA + world->tx_layout.desc, TX_QUEUE_IOVA + world->tx_layout.driver,
-                                          TX_QUEUE_IOVA + world->tx_layout.device, world->config.tx_size,
-                                          &world->tx_notify, world->tx_irq_fd});
-    device->rx.available_taken = device->rx.used_index = world->config.queue_index;
-    device->tx.available_taken = device->tx.used_index = world->config.queue_index;
+    attach(world, &device->rx, &world->rx_config, &world->rx_layout, &world->rx_notify, world->rx_irq_fd);
+    attach(world, &device->tx, &world->tx_config, &world->tx_layout, &world->tx_notify, world->tx_irq_fd);
 }
 
 static struct nb_ledger *new_ledger(uint8_t *base, uint64_t iova, uint32_t count, uint8_t id)
@@ -314,8 +339,19 @@ static void open_client(struct world *world)
     client->tx_active_put = client->tx_done_taken = world->config.ring_position;
 }
 
+static bool ring_has(const char *feature)
+{
+    const char *named = getenv("CORE_RING");
+    return named && strstr(named, feature);
+}
+
 void world_open(struct world *world, struct world_config config)
 {
+    config.ring.packed |= ring_has("packed");
+    config.ring.event_idx |= ring_has("event_idx");
+    config.ring.indirect |= ring_has("indirect");
+    config.ring.in_order |= ring_has("in_order");
+    config.ring.notification_data |= ring_has("notification_data");
     config.rx_size = (uint16_t)or_default(config.rx_size, 64);
     config.tx_size = (uint16_t)or_default(config.tx_size, 64);
     config.rx_count = or_default(config.rx_count, 128);
@@ -503,6 +539,11 @@ struct nb_piece send_one(struct world *world, uint64_t number, uint32_t len)
     nb_client_send(&world->client, &piece, 1);
     nb_client_flush(&world->client);
     return piece;
+}
+
+uint32_t tx_room(const struct world *world)
+{
+    return world->config.ring.indirect ? world->config.tx_size : world->config.tx_size / 2; /* header and frame */
 }
 
 void transmit_one(struct world *world, uint64_t number, uint32_t len)

@@ -29,7 +29,9 @@ struct world_config {
     uint32_t burst;           /* [64] */
     uint32_t spin_ns;         /* [0] */
     uint32_t ring_position;   /* where the ring counts begin [0] */
-    uint16_t queue_index;     /* where the virtqueues' indices begin [0] */
+    uint16_t queue_index;     /* where the virtqueues' indices begin, modulo what they count to [0] */
+    struct fake_features ring; /* and those that CORE_RING names [none] */
+    uint16_t table_segments;  /* with INDIRECT_DESC [4] */
     bool intx;                /* [MSI-X] */
     bool kicks;               /* notifications by eventfd */
     bool one_vector;          /* both queues on one vector */
@@ -50,7 +52,7 @@ struct world {
     struct nb_virtqueue_config rx_config, tx_config;
     struct nb_virtqueue_layout rx_layout, tx_layout;
     struct shared rx, tx, header, rings[4], rx_memory, tx_memory;
-    uint16_t rx_notify, tx_notify;
+    uint32_t rx_notify, tx_notify;
     uint8_t isr;
     int rx_irq_fd, tx_irq_fd, intx_fd, unmask_fd, client_doorbell_fd, driver_doorbell_fd, control_fd, client_control_fd;
     int client_end_of_doorbell_fd;
@@ -67,7 +69,8 @@ struct world {
     bool pump_came_back;
 };
 
-/* Everything up to DRIVER_OK. Any failure fails the case. */
+/* Everything up to DRIVER_OK. Any failure fails the case. CORE_RING in the environment names what is agreed about the rings
+ * besides what `config` says, as "packed event_idx": so one case serves them all. */
 void world_open(struct world *world, struct world_config config);
 /* Checks that the device saw no violation and that the books close, then frees everything. */
 void world_close(struct world *world);
@@ -101,6 +104,8 @@ struct nb_piece receive_one(struct world *world, uint64_t number, uint32_t len);
 void release_one(struct world *world, struct nb_piece piece);
 /* Allocates a TX buffer, writes frame `number` into it and sends it. */
 struct nb_piece send_one(struct world *world, uint64_t number, uint32_t len);
+/* Frames that fit the TX queue. */
+uint32_t tx_room(const struct world *world);
 /* Collects exactly one frame at the device, checks it and completes it. */
 void transmit_one(struct world *world, uint64_t number, uint32_t len);
 

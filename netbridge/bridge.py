@@ -18,11 +18,14 @@ from netbridge.errors import DeviceError, NetbridgeError
 from netbridge.ipc.errors import Reason
 from netbridge.ipc.geometry import DEFAULT_HEADROOM
 from netbridge.ipc.messages import Facts
-from netbridge.ipc.server import ClientGone, ClientReady, PortServer
+from netbridge.ipc.requests import Filter, Mac, Verdict
+from netbridge.ipc.server import ClientAsks, ClientGone, ClientReady, PortServer
 from netbridge.ipc.session import next_session
 from netbridge.log import Log
 from netbridge.metrics import DEVICE_FAULTS, REFUSALS
 from netbridge.session import BUFFER_STRIDE, AddressSpace, Session, Settings
+from netbridge.station import FATAL, Station
+from netbridge.virtio import commands
 from netbridge.virtio.errors import Gone
 from netbridge.virtio.facts import LinkState
 from netbridge.virtio.net import NetDevice
@@ -90,6 +93,7 @@ class Bridge:
         self._log = log
         self._settings = settings
         self._session: Session | None = None
+        self._station: Station | None = None
         self._number = int.from_bytes(os.urandom(2), "little")
         self._link_state = LinkState()
         self._serving = False
@@ -164,6 +168,8 @@ class Bridge:
         self._session.start_pump(self._counters, self._control_fd, self._settings.spin_us)
         try:
             self._net.start()
+            self._station = Station(self._net)
+            self._station.begin()
         except Gone as error:
             self._wait_for_link(error)
             self._device_failed("gone")
@@ -194,6 +200,7 @@ class Bridge:
         session, self._session = self._session, None
         if session is None:
             return
+        self._station = None
         was_serving, self._serving = self._serving, False
         buffers = session.stop_pump()
         try:
@@ -222,8 +229,27 @@ class Bridge:
                 self._log("client_gone", client=event.peer.name, reason=event.reason.words, text=event.text)
                 # Its memory may still be mapped there: whatever it was welcomed to is not used again.
                 self._restart = self._restart or event.session is not None
+            elif isinstance(event, ClientAsks):
+                self._on_client_asks(event.request)
             else:
                 self._log("client_turned_away", uid=event.peer.uid, reason=event.reason.words)
+
+    def _on_client_asks(self, request: Filter | Mac) -> None:
+        station = self._station
+        if station is None or self._restart:
+            self._server.answer(request, Verdict.FAILED, "the device is out of service")
+            return
+        try:
+            verdict, text = station.ask(request)
+        except FATAL as error:
+            self._log("control_failed", why=error)
+            self._server.answer(request, Verdict.FAILED, "the device did not answer as it should")
+            self._device_failed("control")
+            return
+        self._log("client_asked", what=type(request).__name__.lower(), verdict=verdict.name.lower(), why=text)
+        # A new MAC address is in the client's facts before the answer.
+        self._tell(self._link_state)
+        self._server.answer(request, verdict, text)
 
     def _on_stop(self, fd: int) -> None:
         self._stop = Stop.SIGNAL if os.read(fd, 64) else Stop.ORPHANED
@@ -275,17 +301,25 @@ class Bridge:
             else:
                 self._device_failed("gone")
             return
-        link = self._net.link()
+        try:
+            link = self._net.link()
+            if link.announce and self._station is not None:
+                self._net.command(commands.announced())
+        except FATAL as error:
+            self._log("config_failed", why=error)
+            self._device_failed("config")
+            return
         if link != self._link_state:
             self._counters.link_changes += link.up != self._link_state.up
-            self._log("link", up=link.up, speed_mbps=link.speed_mbps)
+            self._log("link", up=link.up, speed_mbps=link.speed_mbps, announce=link.announce)
             self._tell(link)
 
     def _tell(self, link: LinkState) -> None:
         """Has the client, and whoever comes next, know of the link."""
-        self._link_state = link
+        self._link_state = link._replace(announce=False)
         facts = self._net.facts
-        self._server.update(Facts(facts.mac, facts.mtu, link.up, link.speed_mbps))
+        mac = self._station.mac if self._station is not None else facts.mac
+        self._server.update(Facts(mac, facts.mtu, link.up, link.speed_mbps, link.announce))
 
     def _device_failed(self, why: str) -> None:
         self._log("device_fault", reason=why)

@@ -26,17 +26,38 @@ from contextlib import ExitStack
 
 from netbridge.datapath._core import ffi, lib
 from netbridge.ipc.control import ControlSocket
-from netbridge.ipc.errors import BadGeometry, BadMessage, PortClosed, PortError, PortUnavailable, Reason
+from netbridge.ipc.errors import (
+    BadGeometry,
+    BadMessage,
+    PortClosed,
+    PortError,
+    PortUnavailable,
+    Reason,
+    RequestRefused,
+)
 from netbridge.ipc.frames import Buffer, Frame
 from netbridge.ipc.messages import DEFAULT_SOCKET, Bye, Facts, Hello, Link, Ready, Welcome
 from netbridge.ipc.regions import Mapping, place_rings, verify_sealed
+from netbridge.ipc.requests import Answer, Filter, Mac, Verdict
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable
     from typing import Any
 
-__all__ = ["Buffer", "Client", "Frame", "PortClosed", "PortError", "PortUnavailable", "Reason", "connect"]
+__all__ = [
+    "Buffer",
+    "Client",
+    "Filter",
+    "Frame",
+    "PortClosed",
+    "PortError",
+    "PortUnavailable",
+    "Reason",
+    "RequestRefused",
+    "Verdict",
+    "connect",
+]
 
 LEAST_FRAME = 14
 _BURST = 64
@@ -105,7 +126,8 @@ class Client:
 
     `session`: its number. `mac` (6 bytes), `mtu`, `link_up` and `speed_mbps` (0: not known) are kept up to date by
     every call that looks at the control socket: `check`, and all that wait. `room`: the longest frame that can be sent.
-    `rx_limit`: how many RX buffers this client may hold before frames are dropped.
+    `rx_limit`: how many RX buffers this client may hold before frames are dropped. `announcements`: how often the
+    driver has said that the network is to hear of this station (a gratuitous ARP, say).
     """
 
     def __init__(self, control: ControlSocket, welcome: Welcome, fds: list[int]) -> None:
@@ -119,9 +141,12 @@ class Client:
         self.session = welcome.session
         self.room = geometry.tx.stride - geometry.headroom
         self.rx_limit = geometry.rx_limit
+        self.announcements = 0
         self._set_facts(welcome.facts)
         self._control = control
         self._closed: PortError | None = None
+        self._requests = 0
+        self._answer: Answer | None = None
         self._frames: dict[int, Frame] = {}
         self._buffers: dict[int, Buffer] = {}
         self._unsent: list[tuple[int, Any, int]] = []
@@ -192,6 +217,8 @@ class Client:
             while (message := self._control.receive()) is not None:
                 if isinstance(message, Link):
                     self._set_facts(message.facts)
+                elif isinstance(message, Answer):
+                    self._answer = message
                 elif isinstance(message, Bye):
                     raise PortClosed(message.reason, message.text)
                 else:
@@ -201,6 +228,37 @@ class Client:
             raise
         except BadMessage as error:
             raise self._broken(f"on the control socket: {error}", error.reason) from None
+
+    # ---- What the device is asked for
+
+    def set_filter(self, wanted: Filter, timeout: float = 10.0) -> None:
+        """Which frames this client wants, all of it, in the place of what it wanted before (at first: every frame).
+        Frames that were on their way may still come. Raises RequestRefused with the driver's reason, ValueError for
+        more addresses than a request holds, TimeoutError, PortClosed."""
+        self._ask(wanted._replace(request=self._next_request()), timeout)
+
+    def set_mac(self, mac: bytes, timeout: float = 10.0) -> None:
+        """Gives the device this MAC address, 6 bytes, until the session ends. Raises as `set_filter`."""
+        self._ask(Mac(self._next_request(), mac), timeout)
+
+    def _next_request(self) -> int:
+        self._requests = (self._requests + 1) % (1 << 32)
+        return self._requests
+
+    def _ask(self, request: Filter | Mac, timeout: float) -> None:
+        self.check()
+        deadline = time.monotonic() + timeout
+        poller = select.poll()
+        poller.register(self.control_fd, select.POLLIN)
+        self._control.send(request.pack())
+        while self._answer is None or self._answer.request != request.request:
+            left = deadline - time.monotonic()
+            if left <= 0 or not poller.poll(left * 1000):
+                raise TimeoutError(f"the driver did not answer a request within {timeout:g} s")
+            self.check()
+        answer, self._answer = self._answer, None
+        if answer.verdict is not Verdict.DONE:
+            raise RequestRefused(answer.verdict, answer.text)
 
     # ---- Receiving
 
@@ -387,7 +445,8 @@ class Client:
     # ---- Inside
 
     def _set_facts(self, facts: Facts) -> None:
-        self.mac, self.mtu, self.link_up, self.speed_mbps = facts
+        self.mac, self.mtu, self.link_up, self.speed_mbps, announce = facts
+        self.announcements += announce
 
     def _frames_wait(self) -> bool:
         return bool(self._native.rx_active.header.produced != self._native.rx_active_taken)

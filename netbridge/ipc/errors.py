@@ -85,3 +85,12 @@ class PortClosed(PortError):
         self.reason = reason
         self.text = text
         super().__init__(f"the driver closed the port: {reason.words}" + (f" ({text})" if text else ""))
+
+
+class RequestRefused(PortError):
+    """The driver did not do what a client asked for; `verdict` (netbridge.ipc.requests.Verdict) says why. The session
+    goes on as before."""
+
+    def __init__(self, verdict: IntEnum, text: str) -> None:
+        super().__init__(f"{verdict.name.lower().replace('_', ' ')}: {text or 'no reason given'}")
+        self.verdict = verdict

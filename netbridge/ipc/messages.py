@@ -1,21 +1,20 @@
 """The control messages: fixed little-endian structs, one to a packet.
 
-`parse` takes bytes from a stranger and returns one of the five message types or raises BadMessage; nothing else. The
+`parse` takes bytes from a stranger and returns one of the message types or raises BadMessage; nothing else. The
 layouts are those of docs/port.md, byte for byte.
 """
 
 from __future__ import annotations
 
 import struct
-from enum import IntEnum
 
+from netbridge.ipc import requests
 from netbridge.ipc._record import NamedTuple
 from netbridge.ipc.errors import BadMessage, Reason
+from netbridge.ipc.form import HEADER, MAGIC, VERSION, Kind, cut, message, must, printable
 from netbridge.ipc.geometry import Geometry, RegionGeometry, RingGeometry
 
-MAGIC = int.from_bytes(b"NBPT", "little")
-VERSION = 1
-LONGEST_MESSAGE = 256
+LONGEST_MESSAGE = 1024
 
 # What WELCOME brings along as SCM_RIGHTS, in this order.
 FD_NAMES = ("rings memfd", "rx memfd", "tx memfd", "client doorbell", "driver doorbell")
@@ -24,7 +23,6 @@ DEFAULT_SOCKET = "/run/netbridge/aethernet.sock"
 DEFAULT_MTU = 1500
 LEAST_MTU, MOST_MTU = 68, 65535
 
-_HEADER = struct.Struct("<IHHII")
 _HELLO = struct.Struct("<HHIQ32s")
 _FACTS = struct.Struct("<6sHII")
 _RING = struct.Struct("<QII")
@@ -32,7 +30,7 @@ _REGION = struct.Struct("<QIIII")
 _WELCOME = struct.Struct("<HHIIIQQ")
 _BYE = struct.Struct("<II104s")
 
-_LINK_UP = 1
+_LINK_UP, _ANNOUNCE = 1, 2
 _READ_ONLY = 1
 
 _NAME_BYTES = 32
@@ -41,22 +39,16 @@ _NAME_ALPHABET = frozenset(b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXY
 _NAME_RULE = f"wanted 1 to {_NAME_BYTES} letters, digits, '.', '_' or '-'"
 
 
-class Kind(IntEnum):
-    HELLO = 1
-    WELCOME = 2
-    READY = 3
-    LINK = 4
-    BYE = 5
-
-
 class Facts(NamedTuple):
     """What a stack must know of the device, and what may change while a session lasts. `mac`: 6 bytes. `mtu`: bytes of
-    payload after the Ethernet header. `speed_mbps`: 0 when it is not known."""
+    payload after the Ethernet header. `speed_mbps`: 0 when it is not known. `announce`: the network is to hear of the
+    station now (a gratuitous ARP, say), since it may have moved."""
 
     mac: bytes
     mtu: int = DEFAULT_MTU
     link_up: bool = True
     speed_mbps: int = 0
+    announce: bool = False
 
     def check(self) -> None:
         """Raises ValueError when a value is not one that a device can have."""
@@ -68,14 +60,15 @@ class Facts(NamedTuple):
             raise ValueError(f"speed {self.speed_mbps} Mbit/s is not a 32-bit number")
 
     def pack(self) -> bytes:
-        return _FACTS.pack(self.mac, _LINK_UP if self.link_up else 0, self.mtu, self.speed_mbps)
+        flags = (_LINK_UP if self.link_up else 0) | (_ANNOUNCE if self.announce else 0)
+        return _FACTS.pack(self.mac, flags, self.mtu, self.speed_mbps)
 
     @classmethod
     def unpack(cls, data: bytes) -> Facts:
         mac, flags, mtu, speed = _FACTS.unpack(data)
-        _must(not flags & ~_LINK_UP, f"unknown link flags {flags:#x}")
-        _must(LEAST_MTU <= mtu <= MOST_MTU, f"MTU {mtu} is not between {LEAST_MTU} and {MOST_MTU}")
-        return cls(mac, mtu, bool(flags & _LINK_UP), speed)
+        must(not flags & ~(_LINK_UP | _ANNOUNCE), f"unknown link flags {flags:#x}")
+        must(LEAST_MTU <= mtu <= MOST_MTU, f"MTU {mtu} is not between {LEAST_MTU} and {MOST_MTU}")
+        return cls(mac, mtu, bool(flags & _LINK_UP), speed, bool(flags & _ANNOUNCE))
 
 
 class Hello(NamedTuple):
@@ -91,15 +84,15 @@ class Hello(NamedTuple):
         name = self.name.encode()
         if not _is_name(name):
             raise ValueError(f"client name {self.name!r}: {_NAME_RULE}")
-        return _message(Kind.HELLO, _HELLO.pack(self.version_min, self.version_max, 0, self.offloads, name))
+        return message(Kind.HELLO, _HELLO.pack(self.version_min, self.version_max, 0, self.offloads, name))
 
     @classmethod
     def _unpack(cls, body: bytes) -> Hello:
         least, most, reserved, offloads, padded = _HELLO.unpack(body)
-        _must(1 <= least <= most, f"version range {least} to {most}")
-        _must(reserved == 0, "reserved field is not zero")
+        must(1 <= least <= most, f"version range {least} to {most}")
+        must(reserved == 0, "reserved field is not zero")
         name = padded.rstrip(b"\0")
-        _must(_is_name(name), f"client name: {_NAME_RULE}")
+        must(_is_name(name), f"client name: {_NAME_RULE}")
         return cls(name.decode("ascii"), least, most, offloads)
 
 
@@ -128,27 +121,27 @@ class Welcome(NamedTuple):
             body += _RING.pack(ring.offset, ring.slots, 0)
         for region in (geometry.rx, geometry.tx):
             body += _REGION.pack(region.size, region.buffers, region.stride, _READ_ONLY if region.read_only else 0, 0)
-        return _message(Kind.WELCOME, body)
+        return message(Kind.WELCOME, body)
 
     @classmethod
     def _unpack(cls, body: bytes) -> Welcome:
         at = _FACTS.size
         facts = Facts.unpack(body[:at])
         session, reserved, headroom, continuation, rx_limit, offloads, rings_size = _WELCOME.unpack_from(body, at)
-        _must(session != 0, "session number is 0")
-        _must(reserved == 0, "reserved field is not zero")
+        must(session != 0, "session number is 0")
+        must(reserved == 0, "reserved field is not zero")
         at += _WELCOME.size
         rings = []
         for _ in range(4):
             offset, slots, reserved = _RING.unpack_from(body, at)
-            _must(reserved == 0, "reserved field is not zero")
+            must(reserved == 0, "reserved field is not zero")
             rings.append(RingGeometry(offset, slots))
             at += _RING.size
         regions = []
         for _ in range(2):
             size, buffers, stride, flags, reserved = _REGION.unpack_from(body, at)
-            _must(reserved == 0, "reserved field is not zero")
-            _must(not flags & ~_READ_ONLY, f"unknown region flags {flags:#x}")
+            must(reserved == 0, "reserved field is not zero")
+            must(not flags & ~_READ_ONLY, f"unknown region flags {flags:#x}")
             regions.append(RegionGeometry(size, buffers, stride, bool(flags & _READ_ONLY)))
             at += _REGION.size
         rx_active, rx_free, tx_active, tx_done = rings
@@ -163,7 +156,7 @@ class Ready(NamedTuple):
     """Client to driver: everything is mapped and checked; frames may flow."""
 
     def pack(self) -> bytes:
-        return _message(Kind.READY, b"")
+        return message(Kind.READY, b"")
 
     @classmethod
     def _unpack(cls, _body: bytes) -> Ready:
@@ -176,7 +169,7 @@ class Link(NamedTuple):
     facts: Facts
 
     def pack(self) -> bytes:
-        return _message(Kind.LINK, self.facts.pack())
+        return message(Kind.LINK, self.facts.pack())
 
     @classmethod
     def _unpack(cls, body: bytes) -> Link:
@@ -191,18 +184,16 @@ class Bye(NamedTuple):
     text: str = ""
 
     def pack(self) -> bytes:
-        text = self.text.encode("utf-8", "replace")[:104].decode("utf-8", "ignore").encode()
-        return _message(Kind.BYE, _BYE.pack(self.reason, 0, text))
+        return message(Kind.BYE, _BYE.pack(self.reason, 0, cut(self.text, 104)))
 
     @classmethod
     def _unpack(cls, body: bytes) -> Bye:
         reason, reserved, padded = _BYE.unpack(body)
-        _must(reserved == 0, "reserved field is not zero")
-        text = padded.rstrip(b"\0").decode("utf-8", "replace")
-        return cls(Reason(reason), "".join(c if c.isprintable() else "?" for c in text))
+        must(reserved == 0, "reserved field is not zero")
+        return cls(Reason(reason), printable(padded))
 
 
-Message = Hello | Welcome | Ready | Link | Bye
+Message = Hello | Welcome | Ready | Link | Bye | requests.Filter | requests.Mac | requests.Answer
 
 _BODIES: dict[int, tuple[type[Message], int]] = {
     Kind.HELLO: (Hello, _HELLO.size),
@@ -210,22 +201,23 @@ _BODIES: dict[int, tuple[type[Message], int]] = {
     Kind.READY: (Ready, 0),
     Kind.LINK: (Link, _FACTS.size),
     Kind.BYE: (Bye, _BYE.size),
+    **requests.BODIES,
 }
 
 
 def parse(data: bytes) -> Message:
     """The message that these bytes are. Raises BadMessage, which says what is wrong and with which reason to refuse."""
-    _must(len(data) >= _HEADER.size, f"{len(data)} bytes are too few for a header of {_HEADER.size}")
-    magic, kind, version, length, reserved = _HEADER.unpack_from(data)
-    _must(magic == MAGIC, f"magic {magic:#010x} instead of {MAGIC:#010x}")
+    must(len(data) >= HEADER.size, f"{len(data)} bytes are too few for a header of {HEADER.size}")
+    magic, kind, version, length, reserved = HEADER.unpack_from(data)
+    must(magic == MAGIC, f"magic {magic:#010x} instead of {MAGIC:#010x}")
     if version != VERSION:
         raise BadMessage(f"message of version {version}; this side speaks {VERSION}", Reason.VERSION)
-    _must(reserved == 0, "reserved field is not zero")
-    _must(kind in _BODIES, f"unknown message type {kind}")
-    _must(length == len(data), f"header says {length} bytes, the packet has {len(data)}")
+    must(reserved == 0, "reserved field is not zero")
+    must(kind in _BODIES, f"unknown message type {kind}")
+    must(length == len(data), f"header says {length} bytes, the packet has {len(data)}")
     cls, size = _BODIES[kind]
-    _must(length == _HEADER.size + size, f"{Kind(kind).name} of {length} bytes instead of {_HEADER.size + size}")
-    return cls._unpack(data[_HEADER.size :])
+    must(length == HEADER.size + size, f"{Kind(kind).name} of {length} bytes instead of {HEADER.size + size}")
+    return cls._unpack(data[HEADER.size :])
 
 
 def common_version(hello: Hello) -> int:
@@ -240,12 +232,3 @@ def common_version(hello: Hello) -> int:
 
 def _is_name(name: bytes) -> bool:
     return 1 <= len(name) <= _NAME_BYTES and _NAME_ALPHABET.issuperset(name)
-
-
-def _message(kind: Kind, body: bytes) -> bytes:
-    return _HEADER.pack(MAGIC, kind, VERSION, _HEADER.size + len(body), 0) + body
-
-
-def _must(holds: bool, otherwise: str) -> None:
-    if not holds:
-        raise BadMessage(otherwise)

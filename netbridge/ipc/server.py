@@ -8,7 +8,8 @@
         └────────────────────────┴──────── hang-up, BYE, rubbish, deadline ───────────┴──────────────────────┘
 
 What may never happen: WELCOME for a session that another client was welcomed to (its memory may still be mapped there);
-READY before WELCOME; HELLO twice; any message but BYE while running.
+READY before WELCOME; HELLO twice; while running any message but BYE and a request; a request before the last was
+answered.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from netbridge.ipc.deadline import Deadline
 from netbridge.ipc.errors import BadMessage, PortError, Reason
 from netbridge.ipc.listener import PortListener
 from netbridge.ipc.messages import LONGEST_MESSAGE, Bye, Facts, Hello, Link, Ready, Welcome, common_version, parse
+from netbridge.ipc.requests import Answer, Filter, Mac, Verdict
 from netbridge.ipc.session import PortSession
 
 TYPE_CHECKING = False
@@ -87,14 +89,24 @@ class ClientRefused(NamedTuple):
         return f"{self.peer} was refused: {self.reason.words}"
 
 
-Event = ClientReady | ClientGone | ClientRefused
+class ClientAsks(NamedTuple):
+    """The running client asks for something: `answer` it."""
+
+    peer: Peer
+    request: Filter | Mac
+
+    def __str__(self) -> str:
+        return f"{self.peer} asks for {type(self.request).__name__.lower()}"
+
+
+Event = ClientReady | ClientGone | ClientRefused | ClientAsks
 
 
 class _State(Enum):
     AWAIT_HELLO = "HELLO"
     AWAIT_SESSION = "nothing before WELCOME"
     AWAIT_READY = "READY"
-    RUNNING = "nothing but BYE"
+    RUNNING = "nothing but BYE and requests"
 
 
 class _Connection:
@@ -107,6 +119,8 @@ class _Connection:
         self.session: int | None = None
         # Told, or to be told as soon as the socket takes it.
         self.unsent: Facts | None = None
+        self.asked: int | None = None  # number of the request that was not answered yet
+        self.answer: Answer | None = None  # to be sent as soon as the socket takes it
 
     def send(self, data: bytes, fds: Collection[int] = ()) -> bool:
         """False when the socket is full at the moment. Raises OSError when it is dead."""
@@ -227,10 +241,20 @@ class PortServer:
         facts.check()
         if facts == self._facts:
             return
-        self._facts = facts
-        if self._client is not None and self._client.session is not None:
-            self._client.unsent = facts
-            self._tell(self._client)
+        # An announcement is wanted once, and of the client that is here.
+        self._facts = facts._replace(announce=False)
+        client = self._client
+        if client is not None and client.session is not None:
+            announce = facts.announce or (client.unsent is not None and client.unsent.announce)
+            client.unsent = facts._replace(announce=announce)
+            self._tell(client)
+
+    def answer(self, request: Filter | Mac, verdict: Verdict, text: str = "") -> None:
+        """Answers what ClientAsks brought; nothing happens when the client is gone meanwhile."""
+        client = self._client
+        if client is not None and client.asked is not None:
+            client.answer = Answer(request.request, verdict, text)
+            self._tell(client)
 
     def handle(self) -> list[Event]:
         """Does what there is to do, without waiting, and says what came of it. Never raises for what a client did."""
@@ -355,6 +379,9 @@ class PortServer:
             client.state = _State.RUNNING
             self._deadline.disarm()
             events.append(ClientReady(client.peer, client.session))
+        elif isinstance(message, Filter | Mac) and client.state is _State.RUNNING and client.asked is None:
+            client.asked = message.request
+            events.append(ClientAsks(client.peer, message))
         else:
             raise BadMessage(
                 f"{type(message).__name__.upper()} came, but {client.state.value} was awaited", Reason.UNEXPECTED
@@ -374,16 +401,19 @@ class PortServer:
             pass
 
     def _tell(self, client: _Connection) -> None:
-        """Sends the newest facts. A client that does not read is told later: only the newest are of interest."""
-        if client.unsent is None:
+        """Sends the newest facts and the answer that is due. A client that does not read is told later: only the newest
+        are of interest."""
+        if client.unsent is None and client.answer is None:
             return
         try:
-            if client.send(Link(client.unsent).pack()):
+            if client.unsent is not None and client.send(Link(client.unsent).pack()):
                 client.unsent = None
+            if client.answer is not None and client.unsent is None and client.send(client.answer.pack()):
+                client.answer = client.asked = None
         except OSError:
             # Its hang-up is seen by the next receive, which makes the event.
-            client.unsent = None
-        waiting = select.EPOLLOUT if client.unsent is not None else 0
+            client.unsent = client.answer = None
+        waiting = select.EPOLLOUT if client.unsent is not None or client.answer is not None else 0
         self._epoll.modify(client.socket.fileno(), select.EPOLLIN | waiting)
 
     def _end(

@@ -12,10 +12,18 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import pytest
+
 from netbridge.datapath._core import lib
-from tests.unit.virtio_fakes import IOVA, FakeDma, NetModel
+from netbridge.virtio.interrupts import InterruptMode
+from netbridge.virtio.net import NetDevice
+from tests.unit.virtio_fakes import IOVA, FakeDma, FakeTransport, NetModel, mask_of
 
 OK, ERR = 0, 1
+CONTROL = mask_of(
+    *("VERSION_1", "ACCESS_PLATFORM", "MAC", "STATUS", "MRG_RXBUF"),
+    *("CTRL_VQ", "CTRL_RX", "CTRL_RX_EXTRA", "CTRL_VLAN", "CTRL_MAC_ADDR", "CTRL_GUEST_OFFLOADS", "GUEST_ANNOUNCE"),
+)
 
 
 class ControlDevice:
@@ -108,3 +116,32 @@ def watched(device: ControlDevice) -> Any:
 def ringer(fd: int) -> Callable[[], None]:
     """Rings this eventfd."""
     return lambda: os.eventfd_write(fd, 1)
+
+
+class Bench:
+    """A network device in service, and the device's side of its control queue."""
+
+    def __init__(
+        self,
+        patch: pytest.MonkeyPatch,
+        offered: int = CONTROL,
+        *,
+        model: NetModel | None = None,
+        control_number: int = 2,
+        deadline_s: float = 0.05,
+        **options: object,
+    ) -> None:
+        self.model = model or NetModel()
+        self.model.offered = offered
+        self.transport = FakeTransport(self.model)
+        self.dma = FakeDma()
+        self.net = NetDevice(self.transport, self.dma, control_deadline_s=deadline_s, **options)  # type: ignore[arg-type]
+        self.device = ControlDevice(self.model, self.dma, control_number)
+        fds = self.net.interrupts
+        self.device.ring = ringer(fds.config_fd if fds.mode is InterruptMode.MSIX else fds.intx_fd)
+        patch.setattr("netbridge.virtio.control.lib", watched(self.device))
+
+    def start(self) -> None:
+        self.device.reset()
+        self.net.configure()
+        self.net.start()

@@ -21,7 +21,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from netbridge.ipc.messages import Facts
-from netbridge.ipc.server import ClientGone, ClientReady, ClientRefused, PortServer
+from netbridge.ipc.requests import Verdict
+from netbridge.ipc.server import ClientAsks, Event, PortServer
 from netbridge.ipc.session import PortSession
 
 MAC = bytes.fromhex("525400123456")
@@ -30,8 +31,6 @@ STRIDE = 2048
 HEADROOM = 64
 CONTINUATION_OFFSET = 52
 DEADLINE_SECONDS = 10.0
-
-Event = ClientReady | ClientGone | ClientRefused
 
 
 class SealedMemory:
@@ -260,6 +259,7 @@ class ServedPort:
     def __init__(self, path: Path, **options: object) -> None:
         self.path = path
         self.events: queue.Queue[Event | BaseException] = queue.Queue()
+        self.verdict: tuple[Verdict, str] | None = (Verdict.DONE, "")  # for whatever a client asks; None: no answer
         self.server = PortServer(path, {os.geteuid()}, FACTS, **options)  # type: ignore[arg-type]
         self._lock = threading.Lock()
         self._stop = os.eventfd(0)
@@ -274,6 +274,9 @@ class ServedPort:
                     return
                 with self._lock:
                     events = self.server.handle()
+                    for event in events:
+                        if isinstance(event, ClientAsks) and self.verdict is not None:
+                            self.server.answer(event.request, *self.verdict)
                 for event in events:
                     self.events.put(event)
         except BaseException as error:

@@ -162,7 +162,7 @@ def test_a_version_that_is_not_spoken_is_its_own_reason() -> None:
 
 def test_unknown_flags_are_refused() -> None:
     link = bytearray(Link(Facts(bytes(6))).pack())
-    link[22] |= 2
+    link[22] |= 4
     with pytest.raises(BadMessage, match="unknown link flags"):
         parse(bytes(link))
     welcome = bytearray(Welcome(1, Facts(bytes(6)), GEOMETRY).pack())

@@ -21,44 +21,11 @@ from netbridge.virtio.errors import (
 from netbridge.virtio.interrupts import InterruptMode
 from netbridge.virtio.net import NetDevice
 from netbridge.virtio.states import State
-from tests.unit.control_fakes import ERR, ControlDevice, ringer, watched
+from tests.unit.control_fakes import CONTROL, ERR, Bench
 from tests.unit.virtio_fakes import FakeDma, FakeTransport, NetModel, mask_of
 
-CONTROL = mask_of(
-    *("VERSION_1", "ACCESS_PLATFORM", "MAC", "STATUS", "MRG_RXBUF"),
-    *("CTRL_VQ", "CTRL_RX", "CTRL_RX_EXTRA", "CTRL_VLAN", "CTRL_MAC_ADDR", "CTRL_GUEST_OFFLOADS", "GUEST_ANNOUNCE"),
-)
 FIRST, SECOND = bytes.fromhex("525400000001"), bytes.fromhex("525400000002")
 GROUP = bytes.fromhex("01005e000001")
-
-
-class Bench:
-    """A network device in service, and the device's side of its control queue."""
-
-    def __init__(
-        self,
-        patch: pytest.MonkeyPatch,
-        offered: int = CONTROL,
-        *,
-        model: NetModel | None = None,
-        control_number: int = 2,
-        deadline_s: float = 0.05,
-        **options: object,
-    ) -> None:
-        self.model = model or NetModel()
-        self.model.offered = offered
-        self.transport = FakeTransport(self.model)
-        self.dma = FakeDma()
-        self.net = NetDevice(self.transport, self.dma, control_deadline_s=deadline_s, **options)  # type: ignore[arg-type]
-        self.device = ControlDevice(self.model, self.dma, control_number)
-        fds = self.net.interrupts
-        self.device.ring = ringer(fds.config_fd if fds.mode is InterruptMode.MSIX else fds.intx_fd)
-        patch.setattr("netbridge.virtio.control.lib", watched(self.device))
-
-    def start(self) -> None:
-        self.device.reset()
-        self.net.configure()
-        self.net.start()
 
 
 Make = Callable[..., Bench]

@@ -82,6 +82,14 @@ ifneq ($(KERNEL),debian) # which has no VFIO without an IOMMU
 	$(PYTEST) $(VFIO_TESTS) -k without_an_iommu $(IN_GUEST) -o guest_words=intel_iommu=off --artefacts build/tests/no-iommu
 endif
 
+interop: $(SETUP) | host-dpdk ## the driver on DPDK's net_vhost as its device: every frame compared, both ways
+	$(PYTEST) tests/interop --require-dpdk $(ARGS)
+
+# No other target but the benches needs DPDK, so it is not among host-packages.
+.PHONY: interop host-dpdk
+host-dpdk:
+	@tests/interop/host-dpdk
+
 bench: $(SETUP) ## what the C core costs a frame (its peers are not measured yet)
 	$(PY) -m tests.bench.core_throughput $(ARGS)
 

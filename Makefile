@@ -90,6 +90,10 @@ interop: $(SETUP) | host-dpdk ## the driver on DPDK's net_vhost as its device: e
 host-dpdk:
 	@tests/interop/host-dpdk
 
+client-library: | host-packages ## the client library in C, and its example, in build/client-library
+	$(MAKE) -C client BUILD=$(CURDIR)/build/client-library
+
+.PHONY: client-library
 bench: $(SETUP) ## what the C core costs a frame (its peers are not measured yet)
 	$(PY) -m tests.bench.core_throughput $(ARGS)
 

@@ -1,0 +1,96 @@
+/* A service on Net-Bridge's port, in C: sends every frame back, its MAC addresses exchanged.
+ *
+ *     cc echo.c $(pkg-config --cflags --libs netbridge-client) -o echo && ./echo [SOCKET]
+ *
+ * Connects again when a session ends for a reason that passes. Ends with Ctrl-C or the driver.
+ */
+#include <netbridge.h>
+#include <signal.h>
+#include <stdio.h>
+#include <string.h>
+#include <unistd.h>
+
+enum { BURST = 64, MAC = 6, HANDSHAKE_MS = 5000, LOOK_MS = 500 /* for a signal that came before the wait */ };
+
+static volatile sig_atomic_t stopping;
+static unsigned long long frames, unsendable;
+
+static void stop(int number)
+{
+    (void)number;
+    stopping = 1;
+}
+
+/* One burst: as many frames as there are buffers to answer with. What there is to wait for, or an error. */
+static int echo_burst(struct netbridge *port, struct netbridge_piece *answers, int *spare)
+{
+    struct netbridge_piece received[BURST];
+    int allocated = netbridge_allocate(port, answers + *spare, (uint32_t)(BURST - *spare));
+    if (allocated < 0)
+        return allocated;
+    *spare += allocated;
+    int count = netbridge_receive(port, received, (uint32_t)*spare);
+    if (count < 0)
+        return count;
+    int used = 0;
+    for (int i = 0; i < count; i++) {
+        const struct netbridge_piece *from = &received[i];
+        struct netbridge_piece *to = &answers[used];
+        if (from->flags || from->len < 2 * MAC || from->len > to->len) {
+            unsendable++; /* a piece of a frame that does not fit one buffer */
+            continue;
+        }
+        memcpy(to->data, from->data + MAC, MAC);
+        memcpy(to->data + MAC, from->data, MAC);
+        memcpy(to->data + 2 * MAC, from->data + 2 * MAC, from->len - 2 * MAC);
+        to->len = from->len;
+        used++;
+    }
+    int error = netbridge_send(port, answers, (uint32_t)used);
+    if (!error)
+        error = netbridge_release(port, received, (uint32_t)count);
+    if (error)
+        return error;
+    netbridge_flush(port);
+    frames += (unsigned)used;
+    *spare -= used;
+    memmove(answers, answers + used, (size_t)*spare * sizeof(*answers));
+    return *spare ? NETBRIDGE_WAIT_RECEIVE : NETBRIDGE_WAIT_ALLOCATE;
+}
+
+static int echo(struct netbridge *port)
+{
+    struct netbridge_piece answers[BURST];
+    int spare = 0;
+    while (!stopping) {
+        int wanted = echo_burst(port, answers, &spare);
+        int found = wanted < 0 ? wanted : netbridge_wait(port, wanted, LOOK_MS);
+        if (found > 0 && found & NETBRIDGE_WAIT_CONTROL)
+            found = netbridge_check(port);
+        if (found < 0)
+            return found;
+    }
+    return 0;
+}
+
+int main(int count, char **words)
+{
+    struct netbridge_failure failure = {0};
+    sigaction(SIGTERM, &(struct sigaction){.sa_handler = stop}, NULL);
+    sigaction(SIGINT, &(struct sigaction){.sa_handler = stop}, NULL);
+    do {
+        struct netbridge *port =
+            netbridge_connect(count > 1 ? words[1] : NETBRIDGE_SOCKET, "echo-c", HANDSHAKE_MS, &failure);
+        if (!port)
+            break;
+        printf("session %u\n", netbridge_session(port));
+        fflush(stdout);
+        if (echo(port) < 0)
+            failure = *netbridge_last_failure(port);
+        netbridge_close(port);
+    } while (!stopping && failure.may_pass);
+    printf("%llu frames, %llu pieces not sent\n", frames, unsendable);
+    if (failure.error && failure.reason != NETBRIDGE_REASON_SHUTDOWN)
+        fprintf(stderr, "echo-c: %s\n", failure.text);
+    return failure.error && failure.reason != NETBRIDGE_REASON_SHUTDOWN;
+}

@@ -1,0 +1,102 @@
+/* A client that does what it is told, a word a line, and says what came of it: `probe SOCKET`. With `probe SOCKET N` it
+ * connects N times and says how each went, then how many files it has open. */
+#include <netbridge.h>
+
+#include <dirent.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { MOST = 64, WAIT_MS = 10000 };
+
+static unsigned open_files(void)
+{
+    unsigned found = 0;
+    DIR *directory = opendir("/proc/self/fd");
+    while (readdir(directory))
+        found++;
+    closedir(directory);
+    return found;
+}
+
+static void say(struct netbridge *port, int result)
+{
+    if (result < 0)
+        printf("%d %s\n", result, netbridge_last_failure(port)->text);
+    else
+        printf("%d\n", result);
+}
+
+static uint32_t checksum(const struct netbridge_piece *pieces, int count)
+{
+    uint32_t sum = 0;
+    for (int i = 0; i < count; i++)
+        for (uint32_t j = 0; j < pieces[i].len; j++)
+            sum = sum * 31 + pieces[i].data[j];
+    return sum;
+}
+
+static void obey(struct netbridge *port)
+{
+    static struct netbridge_piece received[MOST], allocated[MOST];
+    int here = 0, spare = 0;
+    char word[32];
+    unsigned number = 0;
+    while (scanf("%31s %u", word, &number) == 2) {
+        int result = -99;
+        if (!strcmp(word, "wait"))
+            result = netbridge_wait(port, (int)number, WAIT_MS);
+        else if (!strcmp(word, "arm"))
+            result = netbridge_arm(port, (int)number);
+        else if (!strcmp(word, "check"))
+            result = netbridge_check(port);
+        else if (!strcmp(word, "mtu"))
+            result = (int)netbridge_facts(port)->mtu;
+        else if (!strcmp(word, "receive"))
+            result = here = netbridge_receive(port, received, number);
+        else if (!strcmp(word, "sum"))
+            result = (int)(checksum(received, here) & 0x7fffffff);
+        else if (!strcmp(word, "flags"))
+            result = received[number].flags;
+        else if (!strcmp(word, "release"))
+            result = netbridge_release(port, received, number);
+        else if (!strcmp(word, "allocate"))
+            result = spare = netbridge_allocate(port, allocated, number);
+        else if (!strcmp(word, "length"))
+            result = (allocated[0].len = number) < 1 << 30 ? 0 : -1;
+        else if (!strcmp(word, "fill")) {
+            for (int i = 0; i < spare; i++)
+                memset(allocated[i].data, (int)number, allocated[i].len);
+            result = spare;
+        } else if (!strcmp(word, "twice")) {
+            allocated[1] = allocated[0];
+            result = netbridge_send(port, allocated, 2);
+        } else if (!strcmp(word, "send"))
+            result = netbridge_send(port, allocated, number);
+        else if (!strcmp(word, "flush"))
+            result = (netbridge_flush(port), 0);
+        say(port, result);
+        fflush(stdout);
+    }
+}
+
+int main(int count, char **words)
+{
+    int times = count > 2 ? atoi(words[2]) : 1;
+    unsigned before = open_files();
+    for (int i = 0; i < times; i++) {
+        struct netbridge_failure failure;
+        struct netbridge *port = netbridge_connect(words[1], count > 3 ? words[3] : "probe", 10000, &failure);
+        if (!port)
+            printf("refused %d %d %d %s\n", failure.error, failure.reason, failure.may_pass, failure.text);
+        else
+            printf("session %u room %u limit %u link %d\n", netbridge_session(port), netbridge_room(port),
+                   netbridge_rx_limit(port), netbridge_facts(port)->link_up);
+        fflush(stdout);
+        if (port && count == 2)
+            obey(port);
+        netbridge_close(port);
+    }
+    printf("files %d\n", (int)open_files() - (int)before);
+    return 0;
+}

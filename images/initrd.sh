@@ -48,13 +48,10 @@ await_disk() {
 
 await_disk root
 mount -t ext4 -o ro "$disk" /root || fail "root disk $disk does not hold an ext4 file system that can be mounted"
-# Whether there is to be a code disk is said by whoever attaches it.
+# Whether there is to be a code disk is said by whoever attaches it. The agent mounts it, later: a snapshot is made before.
 read -r cmdline </proc/cmdline
 case " $cmdline " in
-*" guest.code "*)
-    await_disk code
-    mount -t ext4 -o ro "$disk" /root/code || fail "code disk $disk does not hold an ext4 file system that can be mounted"
-    ;;
+*" guest.code "*) await_disk code ;;
 esac
 
 # Modules and init live on in the initramfs: bound into the root, they may differ while the root image stays the same.

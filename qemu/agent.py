@@ -441,6 +441,18 @@ class Agent:
             del self._requests[request.id]
         return count
 
+    def summon(self) -> None:
+        """Ask for the greeting: for a guest that is restored, whose agent has greeted somebody else long ago."""
+        self.tell({"id": -1, "op": "hello"})
+
+    def begin(self) -> list[str]:
+        """Give a guest that has just greeted the time and randomness of its own; returns what it has mounted then.
+
+        It may be a copy of one that others are copies of, too, with the clock and the random numbers of all of them.
+        """
+        header = {"op": "begin", "time_ns": time.time_ns()}
+        return list(self._ask("begin", header, os.urandom(64))["mounted"])
+
     # Requests
 
     def tell(self, header: dict[str, Any], payload: bytes | memoryview = b"") -> None:

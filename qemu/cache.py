@@ -68,8 +68,17 @@ class Cache:
     def __init__(self, root: Path | None = None):
         self.root = root or cache_root()
 
-    def ensure(self, kind: str, key: str, build: Callable[[Path], None], progress: Progress) -> Path:
+    def find(self, kind: str, key: str) -> Path | None:
+        """The directory of an entry, or None while there is none."""
+        place = self.root / f"{kind}-{key}"
+        return _used(place) if place.is_dir() else None
+
+    def ensure(
+        self, kind: str, key: str, build: Callable[[Path], None], progress: Progress, *, durable: bool = True
+    ) -> Path:
         """The directory of an entry, after `build` has filled an empty one when it was not there yet.
+
+        Not `durable` is what may be incomplete after a power cut, because whoever uses it finds that out.
 
         Raises ImageBuildFailed when the disk is full or the cache cannot be written, and whatever `build` raises;
         nothing is left behind then.
@@ -84,7 +93,7 @@ class Cache:
                     return _used(place)
                 for stale in self.root.glob(f".{place.name}.*"):
                     shutil.rmtree(stale)
-                self._build(place, build, progress)
+                self._build(place, build, progress, durable)
         except OSError as error:
             raise ImageBuildFailed(
                 f"{place}: {error}. The cache must be writable and have about 1 GB of room; "
@@ -92,13 +101,14 @@ class Cache:
             ) from error
         return place
 
-    def _build(self, place: Path, build: Callable[[Path], None], progress: Progress) -> None:
+    def _build(self, place: Path, build: Callable[[Path], None], progress: Progress, durable: bool) -> None:
         partial = Path(tempfile.mkdtemp(prefix=f".{place.name}.", dir=self.root))
         started = time.monotonic()
         try:
             build(partial)
             partial.chmod(0o755)
-            _flush(partial)
+            if durable:
+                _flush(partial)
             partial.rename(place)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
@@ -129,18 +139,20 @@ class Cache:
 
     def collect(self, unused_seconds: float) -> list[Entry]:
         """Remove the entries that nobody asked for in so long, and what dead builders left. Returns those removed."""
-        removed = []
         limit = time.time() - unused_seconds
-        for entry in self.entries():
-            if entry.used < limit:
-                # Out of the way in one step, so that no one finds half of it.
-                doomed = entry.path.with_name(f".{entry.path.name}.removed.{os.getpid()}")
-                with contextlib.suppress(FileNotFoundError):
-                    entry.path.rename(doomed)
-                    shutil.rmtree(doomed)
-                    removed.append(entry)
+        removed = [entry for entry in self.entries() if entry.used < limit and _remove(entry.path)]
         self._collect_partial()
         return removed
+
+    def trim(self, kind: str, keep: int) -> None:
+        """Remove all entries of that kind but the `keep` last used."""
+        entries = [entry for entry in self.entries() if entry.kind == kind]
+        for entry in entries[: max(0, len(entries) - keep)]:
+            _remove(entry.path)
+
+    def remove(self, kind: str, key: str) -> None:
+        """Remove an entry, if it is there."""
+        _remove(self.root / f"{kind}-{key}")
 
     def _collect_partial(self) -> None:
         for partial in self.root.glob(".*-*"):
@@ -150,6 +162,18 @@ class Cache:
                 except BlockingIOError:
                     continue
                 shutil.rmtree(partial, ignore_errors=True)
+
+
+def _remove(place: Path) -> bool:
+    """Whether it was there and is removed now."""
+    # Out of the way in one step, so that no one finds half of it.
+    doomed = place.with_name(f".{place.name}.removed.{os.getpid()}")
+    try:
+        place.rename(doomed)
+    except OSError:
+        return False
+    shutil.rmtree(doomed, ignore_errors=True)
+    return True
 
 
 def _flush(directory: Path) -> None:

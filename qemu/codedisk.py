@@ -32,6 +32,9 @@ NEVER = ("__pycache__", ".*", "*.pyc", "*.so", "*.o", "*.egg-info")
 """Names left out everywhere: hidden files, and what was built for the host."""
 
 BLOCK = 1024
+SMALLEST = 16 << 20
+"""Bytes of the smallest disk. Sizes are powers of two, because a guest that is restored from a snapshot is to find a
+disk of the size that it knows, whatever is on it."""
 
 
 @dataclass(frozen=True)
@@ -163,6 +166,7 @@ def _make_image(tree: Path, out: Path, scratch: Path) -> None:
         beside = out.with_name(f".{out.name}.{os.getpid()}")
         try:
             shutil.copyfile(scratch, beside)
+            os.truncate(beside, max(SMALLEST, 1 << (scratch.stat().st_size - 1).bit_length()))
             beside.rename(out)
         finally:
             with contextlib.suppress(FileNotFoundError):

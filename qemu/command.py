@@ -66,10 +66,14 @@ class Nic:
 
 @dataclass(frozen=True)
 class Disk:
-    """A raw image, attached read-only; the guest knows it by `serial`."""
+    """A raw image, attached read-only; the guest knows it by `serial`.
+
+    One that is `loose` the guest does not look at before it is told to: for a snapshot only its size counts.
+    """
 
     path: Path
     serial: str
+    loose: bool = False
 
 
 @dataclass(frozen=True)

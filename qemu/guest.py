@@ -4,10 +4,9 @@
         guest.run(["uname", "-r"]).stdout
         guest.wire.send(frame)
 
-A guest is up when its agent has greeted. Until then everything that can go wrong is watched for at once: QEMU
-ending, a panic on the console, the virtual machine stopped by an error, and a guest that does nothing, or nothing
-that can be seen. Afterwards the same watchers make every call on a lost guest fail at once, with the reason and the
-end of its console.
+A guest is up when its agent has greeted and been given the time, randomness and the code disk. It gets there by
+booting, or in a tenth of the time from a snapshot (snapshot.py) that the first of its kind has left. What watches over
+it is in vm.py.
 """
 
 from __future__ import annotations
@@ -15,21 +14,18 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import re
-import socket
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal
 
 from qemu import accel as accelerators
 from qemu.accel import Accelerator
-from qemu.agent import Agent, Completed, GuestProcess
-from qemu.command import Channels, Disk, Machine, Nic, build, default_mac, netdev_id, script
-from qemu.console import Console
-from qemu.control import Control
-from qemu.errors import AcceleratorUnavailable, GuestLost, GuestNeverCameUp, GuestPanicked, HarnessError
-from qemu.process import Process
+from qemu.agent import Completed, GuestProcess
+from qemu.command import Disk, Machine, Nic, default_mac
+from qemu.errors import AcceleratorUnavailable, GuestNeverCameUp, GuestPanicked, HarnessError
+from qemu.snapshot import Snapshot
+from qemu.vm import VirtualMachine
 from qemu.wire import Wire
 
 if TYPE_CHECKING:
@@ -37,20 +33,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Guest", "Nic", "boot"]
 
-IDLE_SECONDS = 4.0
-"""A guest that was silent and idle for so long while it booted hangs."""
-IDLE_SHARE = 0.1
-"""Share of one processor below which a guest counts as idle."""
 SPIN_SECONDS = 30.0
 """Processor time that a booting guest may use without a word on the console: with "quiet", that is all of its boot."""
 TRIAL_SECONDS = 8.0
 """The same for the first guest under KVM: where that works it takes a tenth of this, and where not it is no gain."""
-FLOOD_BYTES = 1 << 19
-"""What no guest prints while it boots."""
-LOOK_SECONDS = 0.25
-QUIT_SECONDS = 3.0
-PANIC_SECONDS = 2.0
-CONSOLE_LINES = 30
 
 FAULT = re.compile(r"DMAR:.*\bfault addr\b|virtio_iommu.*\bfault\b")
 
@@ -73,178 +59,11 @@ _kernel_log()
 """
 
 
-class Guest:
-    """A guest that is up; made by boot(). Ended by close() or by leaving the with block."""
+class Guest(VirtualMachine):
+    """A guest that is up; made by boot()."""
 
-    def __init__(self, machine: Machine, accelerator: Accelerator, wires: Mapping[str, Wire], artefacts: Path):
-        self.machine = machine
-        self.accel = accelerator
-        self.wires = dict(wires)
-        """The wires that booting has made, by the id of their NIC; they are closed with the guest."""
-        self.artefacts = artefacts
-        self.console = artefacts / "console.log"
-        self.boot_seconds = 0.0
-        """From the start of QEMU until the agent greeted."""
-        self._state = threading.Condition()
-        self._failure: HarnessError | None = None
-        self._panic: str | None = None
-        self._up = False
-        self._closing = False
-        self._closed = False
-        self._stop_expected = 0
-        with contextlib.ExitStack() as stack:
-            self._start(stack)
-            self._stack = stack.pop_all()
-
-    def _start(self, stack: contextlib.ExitStack) -> None:
-        ends = {}
-        theirs = {}
-        for name in ("console", "agent", "control"):
-            ends[name], theirs[name] = socket.socketpair()
-            stack.callback(ends[name].close)
-            stack.callback(theirs[name].close)
-        netdevs = {nic.id: nic.wire for nic in self.machine.nics if nic.wire is not None}
-        channels = Channels(
-            console=f"socket,fd={theirs['console'].fileno()},logfile={_escape(self.console)},logappend=off",
-            agent=f"socket,fd={theirs['agent'].fileno()}",
-            control=f"socket,fd={theirs['control'].fileno()}",
-            netdevs={nic.id: nic.wire.netdev(netdev_id(nic)) for nic in self.machine.nics if nic.wire is not None},
-        )
-        self.argv = build(self.machine, channels)
-        again = self.artefacts / "qemu.sh"
-        again.write_text(script(self.machine, self.argv))
-        again.chmod(0o755)
-        fds = [end.fileno() for end in theirs.values()] + [fd for netdev in netdevs.values() for fd in netdev.fds()]
-        # The watchers are there before there is anything to see, and stay until there is nothing more.
-        self._console = Console(ends["console"], self._on_panic)
-        stack.callback(self._console.close)
-        self.agent = Agent(ends["agent"], self._on_hello, self._why_closed)
-        stack.callback(self.agent.close)
-        self._control = Control(ends["control"], self.artefacts / "qmp.log", self._on_event)
-        stack.callback(self._control.close)
-        self._began = time.monotonic()
-        self._process = Process(self.argv, log=self.artefacts / "qemu.log", fds=fds, on_exit=self._on_exit)
-        stack.callback(self._process.kill)
-        for end in theirs.values():
-            end.close()
-
-    # What the watchers see
-
-    def _fail(self, failure: HarnessError) -> None:
-        with self._state:
-            if self._failure is None and not self._closing:
-                self._failure = failure
-            up = self._up
-            self._state.notify_all()
-        if up and self._failure is not None:
-            self.agent.lose(str(self._failure))
-
-    def _with_console(self, text: str) -> str:
-        tail = self._console.tail(CONSOLE_LINES)
-        return f"{text}\n--- end of {self.console}\n{tail}" if tail.strip() else f"{text}\nits console is empty"
-
-    def _on_hello(self) -> None:
-        with self._state:
-            self._state.notify_all()
-
-    def _on_exit(self) -> None:
-        if self._closing:
-            return
-        # What the console has to say last may tell more than QEMU's exit code.
-        self._console.wait_ended(1.0)
-        if self._panic is not None:
-            self._fail(GuestPanicked(self._with_console(f"guest panicked: {self._panic}")))
-            return
-        what = "guest is gone" if self._up else "guest never came up"
-        kind = GuestLost if self._up else GuestNeverCameUp
-        self._fail(kind(self._with_console(f"{what}: {self._process.ending()}")))
-
-    def _on_panic(self, line: str) -> None:
-        if self._panic is None:
-            self._panic = line.strip()
-            # panic=-1 ends QEMU right after the last line of the report, which belongs into the message; if it does
-            # not, the guest has panicked all the same.
-            threading.Thread(target=self._after_panic, name="panic", daemon=True).start()
-
-    def _after_panic(self) -> None:
-        with self._state:
-            self._state.wait_for(lambda: self._failure is not None, PANIC_SECONDS)
-        self._fail(GuestPanicked(self._with_console(f"guest panicked: {self._panic}")))
-
-    def _why_closed(self) -> str:
-        """Why the agent's port was closed: QEMU's end is told a moment later than it is felt there."""
-        with self._state:
-            self._state.wait_for(lambda: self._failure is not None or self._closing, 2 * PANIC_SECONDS)
-            return str(self._failure) if self._failure is not None else "the guest is being closed"
-
-    def _on_event(self, event: dict[str, Any]) -> None:
-        name = event.get("event")
-        data = event.get("data") or {}
-        if name == "STOP":
-            # Asked from a thread of its own: this one is the one that would bring the answer.
-            threading.Thread(target=self._look_at_stop, name="stop", daemon=True).start()
-        elif name == "GUEST_PANICKED":
-            self._on_panic("GUEST_PANICKED reported by the panic device")
-        elif name == "VSERPORT_CHANGE" and data.get("id") == "agent-port" and not data.get("open") and self._up:
-            self.agent.lose("the agent in the guest has ended", final=False)
-
-    def _look_at_stop(self) -> None:
-        try:
-            status = self._control.execute("query-status").get("status")
-        except HarnessError:
-            return  # QEMU ends: that is told elsewhere
-        if status in ("internal-error", "io-error", "guest-panicked", "watchdog"):
-            words = self._process.first_words()
-            said = f': "{words}"' if words else ""
-            kind = GuestLost if self._up else GuestNeverCameUp
-            self._fail(kind(self._with_console(f"QEMU stopped the virtual machine for {status}{said}")))
-
-    def _wait_up(self, timeout: float, spin: float) -> None:
-        """Return when the agent has greeted; raise as soon as it is clear that it will not."""
-        activity = used_then = 0.0
-        looked: list[tuple[float, float]] = []  # when, and the effort until then, since the console's last word
-        while True:
-            with self._state:
-                self._state.wait_for(lambda: self._failure is not None or self.agent.ready, LOOK_SECONDS)
-                if self._failure is not None:
-                    break
-            if self.agent.ready:
-                self.agent.wait_ready(0)
-                with self._state:
-                    self._up = True
-                self.boot_seconds = time.monotonic() - self._began
-                return
-            now = time.monotonic()
-            used, waited = self._process.effort()
-            if activity != self._console.last_activity:
-                activity = self._console.last_activity
-                used_then = used
-                looked.clear()
-            looked.append((now, used + waited))
-            while looked[0][0] < now - IDLE_SECONDS - LOOK_SECONDS:
-                looked.pop(0)
-            span, spent = now - looked[0][0], used + waited - looked[0][1]
-            stuck = None
-            if span >= IDLE_SECONDS and spent < IDLE_SHARE * span:
-                stuck = f"it has been idle and silent for {span:.0f} s"
-            elif used - used_then >= spin:
-                stuck = f"it has used {spin:.0f} s of processor time without a word on the console"
-            elif self._console.size > FLOOD_BYTES:
-                stuck = f"it has flooded its console with {self._console.size >> 10} KiB"
-            elif now - self._began >= timeout:
-                stuck = f"its agent did not greet within {timeout:g} s"
-            if stuck is not None:
-                self._fail(GuestNeverCameUp(self._with_console(f"guest never came up: {stuck}")))
-                break
-        assert self._failure is not None
-        raise self._failure
-
-    @property
-    def lost(self) -> HarnessError | None:
-        """Why this guest is gone, or None while it is there."""
-        return self._failure
-
-    # What one does with a guest
+    origin = ""
+    """How it came to be up, in words: restored or booted, why it had to be booted, and in what time."""
 
     @property
     def wire(self) -> Wire:
@@ -284,22 +103,6 @@ class Guest:
         """Run Python in the agent's own interpreter, in well under a millisecond: see Agent.eval()."""
         return self.agent.eval(source, timeout)
 
-    def qmp(self, command: str, **arguments: Any) -> Any:
-        """A command to QEMU; an underscore in an argument's name stands for a hyphen."""
-        if self._failure is not None and not self._process.running:
-            raise self._failure
-        return self._control.execute(command, {name.replace("_", "-"): value for name, value in arguments.items()})
-
-    def console_tail(self, lines: int = CONSOLE_LINES) -> str:
-        return self._console.tail(lines)
-
-    def wait_for_console(self, pattern: str, timeout: float = 10.0) -> re.Match[str]:
-        """The first console line with `pattern`, past or to come. Raises GuestLost when there is none in time."""
-        match = self._console.wait_for(pattern, timeout)
-        if match is None:
-            raise GuestLost(self._with_console(f"no line with /{pattern}/ on the console within {timeout:g} s"))
-        return match
-
     def dmesg(self) -> str:
         """The kernel's log, a line each message, with times in seconds of the guest."""
         lines = []
@@ -315,39 +118,10 @@ class Guest:
         text = self.dmesg() if self.agent.ready else "\n".join(self._console.lines())
         return [line for line in text.splitlines() if FAULT.search(line)]
 
-    def kernel_trouble(self) -> list[str]:
-        """Lines of the console that tell of an oops, a warning, a stall or a panic."""
-        return list(self._console.trouble)
-
-    # The end
-
-    def close(self) -> None:
-        """Collect what is to be kept, end QEMU, politely first, and close all there is. May be called again."""
-        if self._closed:
-            return
-        self._closed = True
-        try:
-            if self.agent.ready and self._failure is None:
-                with contextlib.suppress(HarnessError, OSError):
-                    (self.artefacts / "dmesg.log").write_text(self.dmesg() + "\n")
-            self._closing = True
-            if self._process.running:
-                with contextlib.suppress(HarnessError):
-                    self._control.execute("quit", timeout=QUIT_SECONDS)
-                    self._process.wait(QUIT_SECONDS)
-        finally:
-            with self._state:
-                self._closing = True
-                self._state.notify_all()
-            self._stack.close()
-            for wire in self.wires.values():
-                wire.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def _collect(self) -> None:
+        if self.agent.ready and self._failure is None:
+            with contextlib.suppress(HarnessError, OSError):
+                (self.artefacts / "dmesg.log").write_text(self.dmesg() + "\n")
 
 
 def boot(
@@ -363,9 +137,13 @@ def boot(
     append: Sequence[str] = (),
     extra_args: Sequence[str] = (),
     timeout: float = 180.0,
+    snapshot: bool = True,
     say: Callable[[str], None] = lambda _: None,
 ) -> Guest:
-    """Boot a guest and return it when its agent has greeted.
+    """A guest that is up: restored from its snapshot, or else booted, and a snapshot made of it for the next.
+
+    With `snapshot` false it is booted, and none is made. A snapshot that cannot be restored is removed; `say` and
+    Guest.origin tell why, and the guest is booted.
 
     `code` is a second read-only disk; `append` goes to the kernel's command line, `extra_args` to QEMU's. A NIC
     without a wire gets one, captured in `artefacts`, which belongs to the guest: see Guest.wires. `accel` is "auto",
@@ -381,7 +159,7 @@ def boot(
     choice = accelerators.choose_accelerator(accel, kernel=image.kernel)
     disks = [Disk(image.root.absolute(), "root")]
     if code is not None:
-        disks.append(Disk(code.absolute(), "code"))
+        disks.append(Disk(code.absolute(), "code", loose=True))
     made: dict[str, Wire] = {}
     fitted = []
     for index, nic in enumerate(nics):
@@ -403,7 +181,7 @@ def boot(
     )
     try:
         kernels = {"kvm": image.kernel, "tcg": image.bare_kernel or image.kernel}
-        guest = _boot(plan, choice, kernels, made, artefacts, timeout, say)
+        guest = _boot(plan, choice, kernels, made, artefacts, timeout, snapshot, say)
         for nic in fitted:
             if nic.wire is not None:
                 nic.wire.attached()
@@ -421,11 +199,14 @@ def _boot(
     wires: Mapping[str, Wire],
     artefacts: Path,
     timeout: float,
+    snapshot: bool,
     say: Callable[[str], None],
 ) -> Guest:
     def attempt(accelerator: Accelerator) -> Guest:
         machine = dataclasses.replace(plan, accel=accelerator.name, kernel=kernels[accelerator.name])
-        return _attempt(machine, accelerator, wires, artefacts, timeout)
+        if not snapshot:
+            return _cold(machine, accelerator, wires, artefacts, timeout, "a snapshot was not wanted")
+        return _restored_or_cold(machine, accelerator, wires, artefacts, timeout, say)
 
     try:
         guest = attempt(choice)
@@ -453,19 +234,70 @@ def _boot(
     return guest
 
 
-def _attempt(
-    machine: Machine, choice: Accelerator, wires: Mapping[str, Wire], artefacts: Path, timeout: float
+def _restored_or_cold(
+    machine: Machine,
+    choice: Accelerator,
+    wires: Mapping[str, Wire],
+    artefacts: Path,
+    timeout: float,
+    say: Callable[[str], None],
+) -> Guest:
+    kept = Snapshot(machine)
+    state = kept.find()
+    reason = "there was no snapshot of it"
+    if state is not None:
+        try:
+            guest = Guest(machine, choice, wires, artefacts, state)
+            return _take_over(guest, timeout, SPIN_SECONDS, f"restored from snapshot {kept.key}", restored=True)
+        except (HarnessError, OSError) as failure:
+            reason = f"its snapshot {kept.key} could not be restored: {str(failure).splitlines()[0]}"
+            say(f"booting a guest, because {reason}")
+            kept.discard()
+    return _cold(machine, choice, wires, artefacts, timeout, reason, kept, say)
+
+
+def _cold(
+    machine: Machine,
+    choice: Accelerator,
+    wires: Mapping[str, Wire],
+    artefacts: Path,
+    timeout: float,
+    reason: str,
+    kept: Snapshot | None = None,
+    say: Callable[[str], None] = lambda _: None,
 ) -> Guest:
     guest = Guest(machine, choice, wires, artefacts)
+    spin = SPIN_SECONDS if choice.proven else TRIAL_SECONDS
+    return _take_over(guest, timeout, spin, f"booted, as {reason}", kept, say)
+
+
+def _take_over(
+    guest: Guest,
+    timeout: float,
+    spin: float,
+    origin: str,
+    kept: Snapshot | None = None,
+    say: Callable[[str], None] = lambda _: None,
+    restored: bool = False,
+) -> Guest:
+    """Wait until it is up, and make it this guest and no other; closes it when that fails."""
     try:
-        guest._wait_up(timeout, SPIN_SECONDS if choice.proven else TRIAL_SECONDS)
+        if restored:
+            guest.resume()
+        guest.wait_up(timeout, spin)
+        if kept is not None:
+            guest.agent.ping()  # answered when it has loaded all that it may need later
+            try:
+                kept.make(guest.save, say)
+            except HarnessError as error:
+                if guest.lost is not None:
+                    raise
+                say(f"no snapshot of this guest: {str(error).splitlines()[0]}")
+        guest.agent.begin()
+        guest.boot_seconds = time.monotonic() - guest._began
+        guest.origin = f"{origin}, in {guest.boot_seconds:.1f} s"
     except BaseException:
         guest.wires.clear()  # they are for the next attempt, or for whoever made them to close
         guest.close()
         raise
     return guest
-
-
-def _escape(path: Path) -> str:
-    """A path inside one of QEMU's comma-separated values."""
-    return str(path).replace(",", ",,")

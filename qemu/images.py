@@ -75,7 +75,7 @@ def _keys(recipe: Recipe) -> _Keys:
         kernel = key_of("kernel", *fetched, inspect.getsource(qemu.kernel))
     fetched = fetch_inputs(recipe.sysroot.source, recipe.sysroot.packages, architecture)
     sysroot = key_of("sysroot", *fetched, repr(SUPERFLUOUS), inspect.getsource(unpack_sysroot))
-    return _Keys(root, kernel, sysroot, key_of("initrd", root, kernel, *initrd_inputs(recipe.kernel)))
+    return _Keys(root, kernel, sysroot, key_of("initrd", root, kernel, sysroot, *initrd_inputs(recipe.kernel)))
 
 
 def image_key(recipe: Recipe) -> str:
@@ -129,7 +129,7 @@ def ensure_image(recipe: Recipe, progress: Progress | None = None, cache: Cache 
     sysroot = store.ensure("sysroot", keys.sysroot, make_sysroot, tell)
 
     def make_initrd(out: Path) -> None:
-        (out / "initrd").write_bytes(build_initrd(recipe.kernel, kernel, (root / "busybox").read_bytes()))
+        (out / "initrd").write_bytes(build_initrd(recipe.kernel, kernel, (root / "busybox").read_bytes(), sysroot))
 
     initrd = store.ensure("initrd", keys.initrd, make_initrd, tell)
     return Image(

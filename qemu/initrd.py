@@ -10,6 +10,7 @@ import stat
 import tempfile
 from pathlib import Path
 
+from qemu.bytecode import compile_python
 from qemu.kernel import Kernel, modules_needed, read_module
 from qemu.recipe import KernelPart
 from qemu.tools import run_tool
@@ -17,13 +18,14 @@ from qemu.tools import run_tool
 INIT_FILES = Path(__file__).resolve().parents[1] / "images"
 
 GUEST = "usr/lib/guest"
+AGENT = f"{GUEST}/agent.py"
 FILES = {
     "init": "initrd.sh",
     f"{GUEST}/init": "init",
     f"{GUEST}/fstab.early": "fstab.early",
     f"{GUEST}/fstab": "fstab",
     f"{GUEST}/fstab.late": "fstab.late",
-    f"{GUEST}/agent.py": "agent.py",
+    AGENT: "agent.py",
 }
 """Where in the initramfs each file of images/ goes."""
 
@@ -76,8 +78,13 @@ def initrd_inputs(part: KernelPart, files: Path = INIT_FILES) -> list[str | byte
     return [*names, *((files / name).read_bytes() for name in FILES.values()), Path(__file__).read_bytes()]
 
 
-def build_initrd(part: KernelPart, kernel: Kernel, busybox: bytes, files: Path = INIT_FILES) -> bytes:
-    """The initramfs. Raises ImageBuildFailed when the kernel lacks a module of the recipe, or ToolMissing."""
+def build_initrd(
+    part: KernelPart, kernel: Kernel, busybox: bytes, sysroot: Path | None = None, files: Path = INIT_FILES
+) -> bytes:
+    """The initramfs. With `sysroot`, the agent is in it compiled for the guest's Python, too.
+
+    Raises ImageBuildFailed when the kernel lacks a module of the recipe, or ToolMissing.
+    """
     archive = Archive()
     for name in ("dev", "proc", "sys", "root"):
         archive.directory(name)
@@ -86,10 +93,22 @@ def build_initrd(part: KernelPart, kernel: Kernel, busybox: bytes, files: Path =
     archive.link("lib", "usr/lib")
     for place, name in FILES.items():
         archive.file(place, (files / name).read_bytes(), executable=True)
+    if sysroot is not None:
+        for name, data in _compiled(files / FILES[AGENT], sysroot).items():
+            archive.file(f"{GUEST}/__pycache__/{name}", data)
     lists = f'early="{" ".join(part.early)}"\nlate="{" ".join(part.late)}"\n'
     archive.file(f"{GUEST}/modules", lists.encode())
     _add_modules(archive, part, kernel)
     return archive.finish()
+
+
+def _compiled(source: Path, sysroot: Path) -> dict[str, bytes]:
+    """The bytecode of one file by the name that it has beside it; empty where the guest's Python does not run here."""
+    with tempfile.TemporaryDirectory() as directory:
+        copy = Path(directory, source.name)
+        copy.write_bytes(source.read_bytes())
+        compile_python([(copy, f"/{GUEST}/{source.name}")], sysroot, lambda _line: None)
+        return {path.name: path.read_bytes() for path in copy.parent.glob("__pycache__/*.pyc")}
 
 
 def _add_modules(archive: Archive, part: KernelPart, kernel: Kernel) -> None:

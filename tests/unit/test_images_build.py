@@ -83,7 +83,7 @@ def replaced(recipe: Recipe, part: str, **changes: object) -> Recipe:
         (lambda recipe: replaced(recipe, "root", exclude=()), ["root", "initrd"]),
         (lambda recipe: replaced(recipe, "kernel", package="linux-image-amd64"), ["kernel", "initrd"]),
         (lambda recipe: replaced(recipe, "kernel", late=("tun",)), ["initrd"]),
-        (lambda recipe: replaced(recipe, "sysroot", packages=("libc6",)), ["sysroot"]),
+        (lambda recipe: replaced(recipe, "sysroot", packages=("libc6",)), ["sysroot", "initrd"]),
         (lambda recipe: replaced(recipe, "kernel", command_line=("debug",)), []),
         (lambda recipe: dataclasses.replace(recipe, name="another"), []),
     ],

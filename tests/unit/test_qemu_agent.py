@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from images.agent import HEAD, MAGIC, MAX_PAYLOAD, Decoder, encode, find_port
+from images.agent import HEAD, MAGIC, MAX_PAYLOAD, PROTOCOL, Decoder, encode, find_port
 from qemu.agent import Agent, CommandFailed, CommandTimedOut
 from qemu.errors import AgentError, GuestLost
 
@@ -375,7 +375,7 @@ def test_an_agent_that_never_greets() -> None:
 def test_a_second_greeting_means_that_the_first_agent_died() -> None:
     here, there = socket.socketpair()
     agent = Agent(here)
-    there.sendall(encode({"id": 0, "event": "hello", "protocol": 1}))
+    there.sendall(encode({"id": 0, "event": "hello", "protocol": PROTOCOL}))
     agent.wait_ready(5)
     failures = []
 
@@ -388,7 +388,7 @@ def test_a_second_greeting_means_that_the_first_agent_died() -> None:
     asking = threading.Thread(target=ask)
     asking.start()
     there.recv(1000)
-    there.sendall(encode({"id": 0, "event": "hello", "protocol": 1}))
+    there.sendall(encode({"id": 0, "event": "hello", "protocol": PROTOCOL}))
     asking.join(5)
     assert failures == ["ping: the agent in the guest died and was started anew"]
     assert agent.ready

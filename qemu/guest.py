@@ -288,7 +288,7 @@ def _take_over(
         if kept is not None:
             guest.agent.ping()  # answered when it has loaded all that it may need later
             try:
-                kept.make(guest.save, say)
+                kept.make(guest.save)
             except HarnessError as error:
                 if guest.lost is not None:
                     raise

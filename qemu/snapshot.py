@@ -43,15 +43,19 @@ class Snapshot:
         place = self._cache.find(KIND, self.key)
         return None if place is None else place / FILE
 
-    def make(self, save: Callable[[Path], None], say: Callable[[str], None]) -> None:
+    def make(self, save: Callable[[Path], None]) -> None:
         """Have `save` write the file. When another process is at it, waits for that one."""
         # Not flushed to the disk: one that a power cut has left incomplete is found out when it is restored.
-        self._cache.ensure(KIND, self.key, lambda place: save(place / FILE), say, durable=False)
+        self._cache.ensure(KIND, self.key, lambda place: save(place / FILE), _silent, durable=False)
         self._cache.trim(KIND, KEEP)
 
     def discard(self) -> None:
         """Remove it: it could not be restored."""
         self._cache.remove(KIND, self.key)
+
+
+def _silent(_line: str) -> None:
+    """It takes a moment, of which there is nothing to tell."""
 
 
 def _inputs(machine: Machine) -> list[str]:

@@ -70,7 +70,7 @@ def test_it_is_made_once_and_can_be_discarded(machine: Machine, tmp_path: Path) 
     kept = Snapshot(machine, cache)
     assert kept.find() is None
     for _ in range(2):
-        kept.make(save, lambda _: None)
+        kept.make(save)
     assert len(made) == 1
     found = kept.find()
     assert found is not None
@@ -87,7 +87,7 @@ def test_one_that_could_not_be_written_is_none(machine: Machine, tmp_path: Path)
 
     kept = Snapshot(machine, Cache(tmp_path / "cache"))
     with pytest.raises(HarnessError, match="cannot be saved"):
-        kept.make(save, lambda _: None)
+        kept.make(save)
     assert kept.find() is None
 
 
@@ -95,5 +95,5 @@ def test_the_longest_unused_go(machine: Machine, tmp_path: Path) -> None:
     cache = Cache(tmp_path / "cache")
     for n in range(KEEP + 3):
         kept = Snapshot(replace(machine, memory_mb=512 + n), cache)
-        kept.make(lambda path: path.touch(), lambda _: None)
+        kept.make(lambda path: path.touch())
     assert len(cache.entries()) == KEEP

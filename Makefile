@@ -19,7 +19,7 @@ KERNEL ?= debian
 SETUP := $(VENV)/.set-up
 C_SOURCES := $(wildcard netbridge/datapath/core/*.[ch]) netbridge/datapath/build.py
 
-.PHONY: help setup demo test unit sanitize thorough sandbox-test qemu-test bench lint format shell clean
+.PHONY: help setup demo test unit sanitize thorough sandbox-test qemu-test bench faults timing flakes lint format shell clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,7 +47,7 @@ unit: $(SETUP) ## tests without a virtual machine, in seconds
 sanitize: $(SETUP) ## the unit tests that take longer: the C core under sanitizers, random search
 	$(PYTEST) tests/unit -n 2 -m thorough $(ARGS)
 
-thorough: test sandbox-test vfio-test ## all tests there are but the model: test, sandbox-test and vfio-test
+thorough: test sandbox-test vfio-test faults ## all tests there are but the model: test, sandbox-test, vfio-test and faults
 
 model: | host-spin ## model-check wake-ups, memory ordering and ownership; every mutant must fail
 	nice $(PYTHON) -m tests.model $(ARGS)
@@ -66,7 +66,7 @@ host-spin: | host-packages
 VFIO_TESTS := tests/guest/test_vfio_selftests.py tests/guest/test_vfio_device.py
 
 qemu-test: $(SETUP) ## tests in guests: the driver on a real kernel, and end to end with scapy
-	$(PYTEST) tests/guest tests/e2e $(VFIO_TESTS:%=--ignore=%) -n 2 -m "not thorough" --accel $(ACCEL) $(ARGS)
+	$(PYTEST) tests/guest tests/e2e tests/faults $(VFIO_TESTS:%=--ignore=%) -n 2 --junitxml=build/tests/junit.xml -m "not thorough" --accel $(ACCEL) $(ARGS)
 
 sandbox-test: $(SETUP) ## tests in guests that start a driver each: what strict mode forbids, and survival of kills
 	$(PYTEST) tests/e2e -n 2 -m thorough --accel $(ACCEL) $(ARGS)
@@ -96,6 +96,17 @@ client-library: | host-packages ## the client library in C, and its example, in 
 .PHONY: client-library
 bench: $(SETUP) ## what the C core costs a frame (its peers are not measured yet)
 	$(PY) -m tests.bench.core_throughput $(ARGS)
+
+faults: $(SETUP) ## what may go wrong, at every moment: kills, unplugs, links, clocks, and the exact account afterwards
+	$(PYTEST) tests/faults -n 2 --junitxml=build/tests/faults.xml --accel $(ACCEL) $(ARGS)
+
+timing: $(SETUP) ## where the time goes until a guest is up
+	$(PY) -m qemu.timing --accel $(ACCEL) $(ARGS)
+
+# How many rounds `make flakes` makes
+N ?= 20
+flakes: $(SETUP) ## run tests N times and tell which do not always pass: make flakes N=20 ARGS="tests/e2e/test_echo.py -n 2"
+	$(PY) -m qemu.flakes $(N) $(or $(ARGS),tests/e2e/test_echo.py) --accel $(ACCEL)
 
 lint: $(SETUP) ## ruff, mypy, and the C core under -Wall -Wextra -Werror
 	$(VENV)/bin/ruff check

@@ -189,6 +189,8 @@ class Job:
         self.stdin_data = bytearray()
         self.stdin_ends = False
         self.terminal: int | None = None
+        self.halt_at = b""
+        self.tail = b""
         self.left: dict[int, int] | None = None  # after the exit: bytes still to be read, per pipe
 
 
@@ -508,6 +510,10 @@ class Agent:
             os.set_blocking(fd, False)
         job = Job(request.id, process, streams, stdin)
         job.terminal = terminal
+        job.halt_at = str(request.header.get("halt_at") or "").encode()
+        if job.halt_at:
+            # With one processor, a command that prints the line is then stopped before its write returns.
+            os.sched_setscheduler(0, os.SCHED_FIFO | os.SCHED_RESET_ON_FORK, os.sched_param(1))
         self.jobs[request.id] = job
         self.watch(job.pidfd, select.EPOLLIN, lambda _: self.on_exit(job))
         self.send({"id": request.id, "event": "started", "pid": process.pid})
@@ -576,9 +582,23 @@ class Agent:
         if not data:
             self.close_stream(job, fd)
             return 0
+        if job.halt_at:
+            self.look_for_halt(job, data)
         job.credit -= len(data)
         self.send({"id": job.id, "event": "output", "stream": job.streams[fd]}, data)
         return len(data)
+
+    def look_for_halt(self, job: Job, data: bytes) -> None:
+        """Stop the command's whole process group once it has printed what it is to be halted at."""
+        import signal
+
+        text = job.tail + data
+        if job.halt_at in text:
+            job.halt_at = b""
+            os.killpg(job.process.pid, signal.SIGSTOP)
+            self.send({"id": job.id, "event": "halted"})
+        else:
+            job.tail = text[1 - len(job.halt_at) :] if len(job.halt_at) > 1 else b""
 
     def close_stream(self, job: Job, fd: int) -> None:
         self.unwatch(fd)

@@ -166,6 +166,7 @@ class GuestProcess(_Request):
         super().__init__(ident, f"in the guest, `{shlex.join(argv)}`")
         self.argv = tuple(argv)
         self.pid: int | None = None
+        self.halted = False
         self.returncode: int | None = None
         self._agent = agent
         self._changed = agent.changed
@@ -185,6 +186,8 @@ class GuestProcess(_Request):
             return len(payload)
         if event == "started":
             self.pid = header.get("pid")
+        elif event == "halted":
+            self.halted = True
         elif event == "ack":
             self._stdin_credit += int(header.get("count", 0))
         elif event == "exit":
@@ -228,6 +231,18 @@ class GuestProcess(_Request):
         """Signal its whole process group; nothing happens when it has ended already."""
         if not self.done:
             self._agent.tell({"id": self.id, "op": "kill", "signal": int(signal)})
+
+    def wait_halted(self, timeout: float = 30.0) -> None:
+        """Wait until it stands still at what start() was given as `halt_at`; go_on() lets it run again.
+
+        Raises CommandTimedOut, or CommandFailed when it ends before.
+        """
+        self._await(lambda: self.halted or self.done, timeout, "has not come to where it is to be halted")
+        if not self.halted:
+            raise CommandFailed(self.completed())
+
+    def go_on(self) -> None:
+        self.kill(signals.SIGCONT)
 
     def write(self, data: bytes, timeout: float = 30.0) -> None:
         """Give it input, as fast as it reads; what it never read when it ends is dropped."""
@@ -537,12 +552,14 @@ class Agent:
         pty: tuple[int, int] | None = None,
         keep: int = KEEP,
         log: Path | None = None,
+        halt_at: str | None = None,
     ) -> GuestProcess:
         """Start a command in its own session and return once it runs.
 
         `stdin` opens its input for write(), which is /dev/null otherwise; `merge` puts stderr into stdout; `pty`
-        (rows, columns) gives it a terminal; `log` is a file here that gets all it prints. Raises AgentError when
-        there is no such command or user.
+        (rows, columns) gives it a terminal; `log` is a file here that gets all it prints; when it prints `halt_at` it
+        is stopped, with all it has started: see GuestProcess.wait_halted(). Raises AgentError when there is no such
+        command or user.
         """
         words = [argv] if isinstance(argv, str) else list(argv)
         if isinstance(argv, str) or not words:
@@ -561,6 +578,7 @@ class Agent:
                 "stdin": stdin,
                 "merge": merge,
                 "pty": pty,
+                "halt_at": halt_at,
             }
         )
         with self.changed:

@@ -22,8 +22,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from qemu import accel as accelerators
 from qemu.accel import Accelerator
 from qemu.agent import Completed, GuestProcess
+from qemu.cache import Cache
 from qemu.command import Disk, Machine, Nic, default_mac
 from qemu.errors import AcceleratorUnavailable, GuestNeverCameUp, GuestPanicked, HarnessError
+from qemu.faults import Faults
 from qemu.snapshot import Snapshot
 from qemu.vm import VirtualMachine
 from qemu.wire import Wire
@@ -39,6 +41,16 @@ TRIAL_SECONDS = 8.0
 """The same for the first guest under KVM: where that works it takes a tenth of this, and where not it is no gain."""
 
 FAULT = re.compile(r"DMAR:.*\bfault addr\b|virtio_iommu.*\bfault\b")
+
+REBIND = """
+set -e
+cd /sys/bus/pci/devices/$1
+[ ! -e driver ] || basename $(readlink driver)
+[ ! -e driver ] || echo $1 >driver/unbind
+echo $2 >driver_override
+[ -z "$2" ] || { echo $1 >/sys/bus/pci/drivers_probe; [ "$(basename $(readlink driver))" = $2 ]; }
+[ "$2" = vfio-pci ] || echo >driver_override
+"""
 
 READ_KERNEL_LOG = """
 import os
@@ -64,6 +76,8 @@ class Guest(VirtualMachine):
 
     origin = ""
     """How it came to be up, in words: restored or booted, why it had to be booted, and in what time."""
+    begin_seconds = 0.0
+    """Of boot_seconds, those after the greeting: the clock, randomness, the code disk."""
 
     @property
     def wire(self) -> Wire:
@@ -113,10 +127,39 @@ class Guest(VirtualMachine):
             lines.append(f"[{stamp:12.6f}] {message.splitlines()[0] if message else ''}")
         return "\n".join(lines)
 
+    @staticmethod
+    def is_fault(line: str) -> bool:
+        """Whether the kernel reports in it a DMA access that the IOMMU refused."""
+        return FAULT.search(line) is not None
+
+    @property
+    def faults(self) -> Faults:
+        """What may go wrong around this guest, as verbs."""
+        return Faults(self)
+
+    def reboot(self, begin: Callable[[], object], timeout: float) -> None:
+        """Have `begin` make the machine start anew, and return when it is up again and has been given the time."""
+        self.agent.lose("the guest is starting anew", final=False)
+        begin()
+        self.agent.wait_ready(timeout)
+        self.agent.begin()
+
+    def functions(self, kind: str) -> list[str]:
+        """Addresses of the PCI functions whose class begins so, such as "0x02" for network controllers."""
+        found: list[str] = self.eval(
+            "import glob, os\n[os.path.basename(path) for path in sorted(glob.glob('/sys/bus/pci/devices/*')) "
+            f"if open(path + '/class').read().startswith({kind!r})]"
+        )
+        return found
+
+    def rebind(self, address: str, driver: str) -> str:
+        """Give a PCI function to that driver, "" for none; returns the name of the one that it had."""
+        return str(self.run(["sh", "-c", REBIND, "rebind", address, driver]).stdout.strip())
+
     def iommu_faults(self) -> list[str]:
         """The lines in which the kernel reports a DMA access that the IOMMU refused."""
         text = self.dmesg() if self.agent.ready else "\n".join(self._console.lines())
-        return [line for line in text.splitlines() if FAULT.search(line)]
+        return [line for line in text.splitlines() if self.is_fault(line)]
 
     def _collect(self) -> None:
         if self.agent.ready and self._failure is None:
@@ -138,12 +181,13 @@ def boot(
     extra_args: Sequence[str] = (),
     timeout: float = 180.0,
     snapshot: bool = True,
+    cache: Cache | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> Guest:
     """A guest that is up: restored from its snapshot, or else booted, and a snapshot made of it for the next.
 
-    With `snapshot` false it is booted, and none is made. A snapshot that cannot be restored is removed; `say` and
-    Guest.origin tell why, and the guest is booted.
+    With `snapshot` false it is booted, and none is made; `cache` is where snapshots are. A snapshot that cannot be
+    restored is removed, `say` and Guest.origin tell why, and the guest is booted.
 
     `code` is a second read-only disk; `append` goes to the kernel's command line, `extra_args` to QEMU's. A NIC
     without a wire gets one, captured in `artefacts`, which belongs to the guest: see Guest.wires. `accel` is "auto",
@@ -181,7 +225,7 @@ def boot(
     )
     try:
         kernels = {"kvm": image.kernel, "tcg": image.bare_kernel or image.kernel}
-        guest = _boot(plan, choice, kernels, made, artefacts, timeout, snapshot, say)
+        guest = _boot(plan, choice, kernels, made, artefacts, timeout, cache or Cache() if snapshot else None, say)
         for nic in fitted:
             if nic.wire is not None:
                 nic.wire.attached()
@@ -199,14 +243,14 @@ def _boot(
     wires: Mapping[str, Wire],
     artefacts: Path,
     timeout: float,
-    snapshot: bool,
+    cache: Cache | None,
     say: Callable[[str], None],
 ) -> Guest:
     def attempt(accelerator: Accelerator) -> Guest:
         machine = dataclasses.replace(plan, accel=accelerator.name, kernel=kernels[accelerator.name])
-        if not snapshot:
+        if cache is None:
             return _cold(machine, accelerator, wires, artefacts, timeout, "a snapshot was not wanted")
-        return _restored_or_cold(machine, accelerator, wires, artefacts, timeout, say)
+        return _restored_or_cold(machine, accelerator, wires, artefacts, timeout, cache, say)
 
     try:
         guest = attempt(choice)
@@ -240,9 +284,10 @@ def _restored_or_cold(
     wires: Mapping[str, Wire],
     artefacts: Path,
     timeout: float,
+    cache: Cache,
     say: Callable[[str], None],
 ) -> Guest:
-    kept = Snapshot(machine)
+    kept = Snapshot(machine, cache)
     state = kept.find()
     reason = "there was no snapshot of it"
     if state is not None:
@@ -293,7 +338,9 @@ def _take_over(
                 if guest.lost is not None:
                     raise
                 say(f"no snapshot of this guest: {str(error).splitlines()[0]}")
+        greeted = time.monotonic()
         guest.agent.begin()
+        guest.begin_seconds = time.monotonic() - greeted
         guest.boot_seconds = time.monotonic() - guest._began
         guest.origin = f"{origin}, in {guest.boot_seconds:.1f} s"
     except BaseException:

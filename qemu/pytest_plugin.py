@@ -13,39 +13,43 @@ Loaded with `-p qemu.pytest_plugin`. In the configuration (paths are relative to
 Tests below `guest_tests` are collected here as any other, so their modules have to import here. They are set up,
 run and torn down in the guest, in the fixtures of the guest's own pytest; markers such as skipif are judged there.
 One during which the guest's kernel complains of itself, with an oops, a warning, or a report of its sanitizers, fails.
-All of them, and the tests here that use the fixture `guest`, share one guest, which is booted when the first of them
-asks for it, and anew when it was lost. What some of them need of it, the marker `guest_needs` says: the guest has what
-all tests of this run need, so that a run without such tests has a smaller guest.
+All of them share one guest, which comes up when the first of them asks for it, and anew when it was lost. What some of
+them need of it, the marker `guest_needs` says: the guest has what all tests of this run need, so that a run without
+such tests has a smaller guest.
+
+For tests on the host there is a ladder of fixtures, each of which rests on the one before: `guest_image`, `code_disk`,
+`guest` (a fresh one for each test, restored from a snapshot, with what the marker `guest_with` pins), `claimed` (its
+NIC bound to vfio-pci). After each test what has to be true of a guest (truth.py) is looked at, except what the marker
+`guest_allows` names.
 """
 
 from __future__ import annotations
 
-import contextlib
 import re
-import shlex
+import sys
 import time
-from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from qemu import accel
-from qemu.codedisk import build_code_disk
+from qemu import accel, capabilities, shell
+from qemu.agent import CommandFailed
+from qemu.dimensions import Dimensions
 from qemu.errors import HarnessError
-from qemu.guest import Guest, Nic, boot
-from qemu.images import Image, Recipe, ensure_image
-from qemu.remote import RemoteTests, Report
+from qemu.guest import Guest
+from qemu.images import Image
+from qemu.remote import Report
+from qemu.session import Booted, Session, summary
+from qemu.truth import KINDS, STALL, Truth
 
 if TYPE_CHECKING:
     from qemu.wire import Wire
 
-BOOT_SECONDS = 180.0
 TEST_SECONDS = 60.0
-MEMORY_MB = 512
-STALL = re.compile(r"blocked|stall|lockup")
-"""Of the trouble on a guest's console, what a busy host alone can cause."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -55,6 +59,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         choices=accel.NAMES,
         default=None,
         help=f"accelerator of the guests (also {accel.VARIABLE}); auto: kvm if guests run under it, else tcg",
+    )
+    group.addoption(
+        "--require-kvm", action="store_true", help="fail instead of falling back when guests do not run under KVM"
+    )
+    group.addoption(
+        "--shell-on-fail", action="store_true", help="when a test fails: a shell in its guest as it is at that moment"
     )
     group.addoption(
         "--artefacts", type=Path, default=None, metavar="DIR", help="where consoles, captures and logs go (build/tests)"
@@ -89,179 +99,75 @@ class RemoteFailure:
         return self.text
 
 
-@dataclass
-class Needs:
-    """What the shared guest is to have beyond what every guest has."""
-
-    arguments: list[str] = field(default_factory=list)
-    words: list[str] = field(default_factory=list)
-    memory_mb: int = MEMORY_MB
-
-    def add(self, devices: Sequence[str] = (), words: Sequence[str] = (), memory_mb: int = 0) -> None:
-        """The arguments of one marker. Whole device lines are compared, so two tests may need the same one."""
-        self.arguments += [line for line in devices if line not in self.arguments]
-        self.words += [word for word in words if word not in self.words]
-        self.memory_mb = max(self.memory_mb, memory_mb)
-
-
-class Session:
-    """What the tests of one run share: image, code disk, guest, and the pytest inside it."""
-
-    def __init__(self, config: pytest.Config):
-        self.config = config
-        worker = getattr(config, "workerinput", {}).get("workerid", "")
-        base: Path = config.getoption("artefacts") or config.rootpath / "build" / "tests"
-        self.artefacts = base.absolute() / worker
-        self.booted: list[str] = []
-        """A line for each guest that was booted, for the summary."""
-        self.infrastructure: list[str] = []
-        """What failed for reasons of the harness, not of what is tested: nodeid and reason."""
-        self.needs = Needs()
-        self.patience = _patience(str(config.getini("guest_patience")))
-        self._image: Image | None = None
-        self._code: Path | None = None
-        self._guest: Guest | None = None
-        self._remote: RemoteTests | None = None
-        self._broken: HarnessError | None = None
-
-    def say(self, line: str) -> None:
-        reporter = self.config.pluginmanager.get_plugin("terminalreporter")
-        if reporter is not None:
-            reporter.ensure_newline()
-            reporter.write_line(line)
-
-    def _once(self, make: Callable[[], Any]) -> Any:
-        """What cannot be made is not tried again for every test that wants it."""
-        if self._broken is not None:
-            raise self._broken
-        try:
-            return make()
-        except HarnessError as error:
-            self._broken = error
-            raise
-
-    def image(self) -> Image:
-        if self._image is None:
-            recipe = self.config.rootpath / str(self.config.getini("guest_recipe"))
-            self._image = self._once(lambda: ensure_image(Recipe.load(recipe), progress=self.say))
-        return self._image
-
-    def code(self) -> Path:
-        if self._code is None:
-            specification = self.config.rootpath / str(self.config.getini("guest_code"))
-            image = self.image()
-            self.artefacts.mkdir(parents=True, exist_ok=True)
-            self._code = self._once(lambda: build_code_disk(image, specification, self.artefacts / "code.img"))
-        return self._code
-
-    def boot(self, name: str, **options: Any) -> Guest:
-        """A guest of its own, for a test that changes or breaks it; to be closed by whoever asked for it."""
-        options.setdefault("accel", self.config.getoption("accel") or "auto")
-        options.setdefault("code", self.code())
-        options.setdefault("timeout", BOOT_SECONDS * self.patience)
-        guest = boot(self.image(), artefacts=self.artefacts / name, say=self.say, **options)
-        self.booted.append(f"{guest.accel}, up in {guest.boot_seconds:.1f} s")
-        return guest
-
-    def guest(self) -> Guest:
-        """The guest that all share. Booted anew when it was lost."""
-        if self._guest is not None and self._guest.lost is not None:
-            self.end_guest()
-        if self._guest is None:
-            name = f"guest-{len(self.booted)}"
-            more = [word for line in self.needs.arguments for word in shlex.split(line)]
-            self._guest = self._once(
-                lambda: self.boot(
-                    name,
-                    nics=[Nic()],
-                    extra_args=[*self.config.getini("guest_args"), *more],
-                    # Of words that contradict each other the kernel takes the last.
-                    append=[*self.needs.words, *self.config.getini("guest_words")],
-                    memory_mb=self.needs.memory_mb,
-                )
-            )
-        return self._guest
-
-    def remote(self, items: list[pytest.Item]) -> RemoteTests:
-        guest = self.guest()
-        if self._remote is None or self._remote.guest is not guest:
-            root = str(self.config.getini("guest_root"))
-            files = dict.fromkeys(item.nodeid.split("::")[0] for item in items)
-            paths = [f"{root}/{file}" for file in files]
-            log = guest.artefacts / "guest-pytest.log"
-            options = ["-o", f"addopts={shlex.join(_for_guest(self.config.getini('addopts')))}"]
-            self._remote = RemoteTests(
-                guest, paths, root=root, log=log, options=options, configuration=self.config.inipath
-            )
-        return self._remote
-
-    def end_guest(self) -> None:
-        if self._remote is not None:
-            with contextlib.suppress(HarnessError):
-                self._remote.close()
-            self._remote = None
-        if self._guest is not None:
-            self._guest.close()
-            self._guest = None
-
-
-def _patience(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 1.0 <= value <= 1000.0:
-        raise pytest.UsageError(f"guest_patience: expected a number from 1 to 1000, found {text!r}")
-    return value
-
-
-def _for_guest(options: list[str]) -> list[str]:
-    """The options from the configuration without plugins of the host: this one, and parallel runs."""
-    kept = []
-    words = iter(options)
-    for word in words:
-        if word in ("-p", "-n"):
-            next(words, None)
-        elif not word.startswith(("-p", "-n")):
-            kept.append(word)
-    return kept
-
-
 KEY = pytest.StashKey[Session]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "guest: runs inside the guest (set on all tests below guest_tests)")
-    config.addinivalue_line("markers", "guest_timeout(seconds): how long a test may take in the guest (60)")
-    config.addinivalue_line(
-        "markers",
+    for line in (
+        "guest: runs inside the guest (set on all tests below guest_tests)",
+        "guest_timeout(seconds): how long a test may take in the guest (60)",
         "guest_needs(devices, words, memory_mb): what the shared guest is to have for a test: arguments for QEMU, a "
         "device in each, words for the kernel's command line, and so much memory",
-    )
+        "guest_with(machine, kernel, ring, ...): what the fresh guest of a test is to be like: see dimensions.py",
+        f"guest_allows(kinds): what may be wrong with the guest after the test, of {', '.join(KINDS)}",
+        *capabilities.MARKERS,
+    ):
+        config.addinivalue_line("markers", line)
     config.stash[KEY] = Session(config)
 
 
 def pytest_report_header(config: pytest.Config) -> str:
-    wanted = config.getoption("accel")
+    session = config.stash[KEY]
     try:
-        return f"guest accelerator: {accel.expectation(wanted)}"
+        return f"guest accelerator: {accel.expectation(session.accel)}"
     except ValueError as error:
         raise pytest.UsageError(str(error)) from None
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    session.config.stash[KEY].end_guest()
+    ours = session.config.stash[KEY]
+    ours.end_guest()
+    output = getattr(session.config, "workeroutput", None)
+    if output is not None:
+        output["guests"] = [list(ours.booted), ours.infrastructure]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """A parallel run: what the worker has to tell, for the summary."""
+    booted, infrastructure = getattr(node, "workeroutput", {}).get("guests", ([], []))
+    session = node.config.stash[KEY]
+    session.booted += [Booted(*facts) for facts in booted]
+    session.infrastructure += infrastructure
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     session = config.stash[KEY]
-    for line in session.booted[:1]:
-        more = f"; {len(session.booted) - 1} more guests" if len(session.booted) > 1 else ""
-        terminalreporter.write_line(f"guest: {line}{more}; artefacts in {session.artefacts}")
     if session.infrastructure:
         terminalreporter.section("trouble with the harness, not with what is tested")
         for line in session.infrastructure:
             terminalreporter.write_line(line)
+    if session.booted:
+        terminalreporter.write_line(f"guests: {summary(session.booted)}; artefacts in {session.artefacts}")
+    reasons: Counter[str] = Counter()
+    for report in terminalreporter.stats.get("skipped", []):
+        longrepr = report.longrepr
+        reasons[str(longrepr[2] if isinstance(longrepr, tuple) else longrepr).removeprefix("Skipped: ")] += 1
+    deselected = len(terminalreporter.stats.get("deselected", []))
+    if deselected:
+        reasons[f"deselected ({shown(config)})"] += deselected
+    if reasons:
+        terminalreporter.write_line(
+            f"not run: {reasons.total()} cases: "
+            + "; ".join(f"{count} × {reason}" for reason, count in reasons.most_common())
+        )
+
+
+def shown(config: pytest.Config) -> str:
+    """The options by which tests were left out, as they were given."""
+    given = {"-m": config.getoption("markexpr", ""), "-k": config.getoption("keyword", "")}
+    return ", ".join(f"{option} {word!r}" for option, word in given.items() if word) or "--deselect"
 
 
 # Tests that run in the guest
@@ -297,8 +203,9 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
     began = time.time()
     try:
         remote = session.remote([other for other in item.session.items if _runs_in_guest(other)])
+        lacking = _lacking(item, remote.guest)
         trouble_before = len(remote.guest.kernel_trouble())
-        reports = remote.run(item.nodeid, following, timeout)
+        reports = [_skipped(item, lacking)] if lacking else remote.run(item.nodeid, following, timeout)
         trouble = remote.guest.kernel_trouble()[trouble_before:]
     except HarnessError as error:
         session.infrastructure.append(f"{item.nodeid}: {str(error).splitlines()[0]}")
@@ -306,12 +213,53 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
         reports = [Report(item.nodeid, "setup", "failed", longrepr=text, crash=("", 0, text.splitlines()[0]))]
         trouble = []
     _blame(reports, trouble)
+    if any(report.outcome == "failed" for report in reports):
+        _shell_on_fail(item.config, item.nodeid, session.shared)
     for report in reports:
         if trouble:
             report.sections.append(("trouble on the guest's console", "\n".join(trouble)))
         item.ihook.pytest_runtest_logreport(report=_replay(item, report, began))
     item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
     return True
+
+
+def _lacking(item: pytest.Item, guest: Guest | None) -> str | None:
+    """The first need of a test that is not met; without a guest, only those that the host can meet are looked at."""
+    for name, probe in capabilities.OF_HOST.items():
+        if item.get_closest_marker(name) and (reason := probe()):
+            return reason
+    for name, lacks in capabilities.OF_GUEST.items():
+        marker = item.get_closest_marker(name)
+        if guest is not None and marker is not None and (reason := lacks(guest, *marker.args)):
+            return reason
+    return None
+
+
+def _skipped(item: pytest.Item, reason: str) -> Report:
+    path, line, _ = item.location
+    return Report(item.nodeid, "setup", "skipped", longrepr=(path, str((line or 0) + 1), f"Skipped: {reason}"))
+
+
+def _shell_on_fail(config: pytest.Config, nodeid: str, guest: Guest | None) -> None:
+    """If it was asked for: gives the terminal to a shell in the guest, and goes on when that ends."""
+    if not config.getoption("shell_on_fail") or guest is None or guest.lost is not None:
+        return
+    capture = config.pluginmanager.get_plugin("capturemanager")
+    if capture is not None:
+        capture.suspend_global_capture(in_=True)
+    try:
+        print(f"\n{nodeid} has failed; this is its guest as it is now. Ctrl-] or exit goes on.", file=sys.stderr)
+        shell.interact(guest)
+    except HarnessError as error:
+        print(error, file=sys.stderr)
+    finally:
+        if capture is not None:
+            capture.resume_global_capture()
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if reason := _lacking(item, None):
+        pytest.skip(reason)
 
 
 def _blame(reports: list[Report], trouble: list[str]) -> None:
@@ -355,6 +303,9 @@ def pytest_runtest_makereport(
     if call.excinfo is not None and isinstance(call.excinfo.value, HarnessError):
         text = f"{type(call.excinfo.value).__name__}: {call.excinfo.value}"
         item.config.stash[KEY].infrastructure.append(f"{item.nodeid}: {text.splitlines()[0]}")
+    if report.when == "call" and report.failed:
+        funcargs = getattr(item, "funcargs", {})
+        _shell_on_fail(item.config, item.nodeid, funcargs.get("guest") or funcargs.get("shared_guest"))
     return report
 
 
@@ -380,15 +331,55 @@ def code_disk(guests: Session) -> Path:
 
 
 @pytest.fixture
-def guest(guests: Session) -> Guest:
-    """The guest that all tests share, with one NIC; up, though what tests before have left in it is still there."""
+def shared_guest(guests: Session) -> Guest:
+    """The guest that tests in it share, with one NIC; up, though what tests before have left in it is still there."""
     return guests.guest()
 
 
 @pytest.fixture
+def dimensions(request: pytest.FixtureRequest) -> Dimensions:
+    """What the test's guest is to be like: the defaults, and what its markers `guest_with` pin."""
+    return Dimensions.pinned(marker.kwargs for marker in request.node.iter_markers("guest_with"))
+
+
+@pytest.fixture
+def guest(request: pytest.FixtureRequest, guests: Session, dimensions: Dimensions, artefacts: Path) -> Iterator[Guest]:
+    """A guest of the test's own, in which nothing has happened yet. Afterwards it is looked at (truth.py)."""
+    with guests.fresh(artefacts.name, dimensions) as guest:
+        if reason := _lacking(request.node, guest):
+            pytest.skip(reason)
+        before = Truth(guest)
+        yield guest
+        allowed = {kind for marker in request.node.iter_markers("guest_allows") for kind in marker.args}
+        problems = before.problems(allowed)
+        if problems:
+            pytest.fail("after the test its guest is not as it has to be:\n  " + "\n  ".join(problems), pytrace=False)
+
+
+@dataclass(frozen=True)
+class Claimed:
+    """A NIC that VFIO has: its guest, its PCI address, and the driver that it had."""
+
+    guest: Guest
+    address: str
+    driver: str
+
+
+@pytest.fixture
+def claimed(guest: Guest) -> Iterator[Claimed]:
+    """The guest with its first NIC bound to vfio-pci, and given back afterwards."""
+    address = next(address for address in guest.functions("0x02"))
+    driver = guest.rebind(address, "vfio-pci")
+    yield Claimed(guest, address, driver)
+    try:
+        guest.rebind(address, driver)
+    except CommandFailed as error:
+        pytest.fail(f"the NIC {address} could not be given back to {driver}: {error}")
+
+
+@pytest.fixture
 def wire(guest: Guest) -> Wire:
-    """The shared guest's NIC, with no frame waiting."""
-    guest.wire.drain()
+    """The NIC of the test's guest."""
     return guest.wire
 
 

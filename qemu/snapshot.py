@@ -34,8 +34,8 @@ DESCRIPTOR = re.compile(r",[a-z.]*(fds?|str|path)=[^,]*")
 class Snapshot:
     """The snapshot of one machine, there or not. Making one touches nothing but the files that it is keyed on."""
 
-    def __init__(self, machine: Machine, cache: Cache | None = None):
-        self._cache = cache or Cache()
+    def __init__(self, machine: Machine, cache: Cache):
+        self._cache = cache
         self.key = key_of(*_inputs(machine))
 
     def find(self) -> Path | None:

@@ -13,7 +13,7 @@ import shlex
 import socket
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
@@ -68,6 +68,7 @@ class VirtualMachine:
         self._closing = False
         self._closed = False
         self._migration = ""
+        self._events: list[tuple[str, dict[str, Any]]] = []
         self._source: BinaryIO | None = None
         with contextlib.ExitStack() as stack:
             self._start(stack, state)
@@ -161,6 +162,9 @@ class VirtualMachine:
     def _on_event(self, event: dict[str, Any]) -> None:
         name = event.get("event")
         data = event.get("data") or {}
+        with self._state:
+            self._events.append((str(name), data))
+            self._state.notify_all()
         if name == "STOP":
             # Asked from a thread of its own: this one is the one that would bring the answer.
             threading.Thread(target=self._look_at_stop, name="stop", daemon=True).start()
@@ -239,6 +243,32 @@ class VirtualMachine:
             raise self._failure
         return self._control.execute(command, {name.replace("_", "-"): value for name, value in arguments.items()})
 
+    def event_mark(self) -> int:
+        """What wait_event() counts from, to see only events that come after this moment."""
+        with self._state:
+            return len(self._events)
+
+    def wait_event(
+        self, name: str, wanted: Callable[[dict[str, Any]], bool], timeout: float, since: int = 0
+    ) -> dict[str, Any]:
+        """The data of the first QMP event of that name for which `wanted` holds, past or to come.
+
+        Raises HarnessError when none comes in time, GuestLost when the guest goes meanwhile.
+        """
+        found: list[dict[str, Any]] = []
+
+        def look() -> bool:
+            found.extend(data for event, data in self._events[since:] if event == name and wanted(data))
+            return bool(found) or self._failure is not None
+
+        with self._state:
+            self._state.wait_for(look, timeout)
+        if found:
+            return found[0]
+        if self._failure is not None:
+            raise self._failure
+        raise HarnessError(f"QEMU told of no {name} within {timeout:g} s")
+
     def console_tail(self, lines: int = CONSOLE_LINES) -> str:
         return self._console.tail(lines)
 
@@ -280,15 +310,15 @@ class VirtualMachine:
         assert self._source is not None
         try:
             self._speak_of_migration()
-            # QEMU announces a machine that has moved with frames that nobody sent: once, because never ends in a crash
-            # of QEMU when the NIC is reset, and at the closed door of the NIC's other end.
+            # QEMU announces a machine that has moved, with a frame that nobody sent, as soon as it runs: here at a
+            # closed door. Once, as "never" makes QEMU crash when the NIC is reset.
             self.qmp("migrate-set-parameters", announce_rounds=1)
             self._set_links(up=False)
             self.qmp("migrate-incoming", uri=f"fd:{self._source.fileno()}")
             self._await_migration("read")
             self._source.close()
-            self._set_links(up=True)
             self.qmp("cont")
+            self._set_links(up=True)
             self.agent.summon()
         except GuestLost as error:
             self._process.wait(PANIC_SECONDS)

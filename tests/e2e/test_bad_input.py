@@ -10,7 +10,7 @@ import pytest
 from netbridge.errors import ExitCode
 from qemu.agent import Completed
 from qemu.guest import Guest, Nic
-from qemu.pytest_plugin import Session
+from qemu.session import Session
 from tests.e2e import testbed
 
 

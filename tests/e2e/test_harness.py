@@ -25,13 +25,14 @@ from qemu.agent import CommandTimedOut
 from qemu.errors import AcceleratorUnavailable, GuestLost, GuestNeverCameUp, GuestPanicked
 from qemu.guest import Guest, Nic, boot
 from qemu.images import Image
-from qemu.pytest_plugin import Session
 from qemu.remote import RemoteTests
+from qemu.session import Session
 from qemu.wire import Wire
 
 ROOT = Path(__file__).parents[2]
 BUSYBOX = "/usr/lib/guest/busybox"
-TOLD_SECONDS = 15.0
+TOLD_SECONDS = 60.0
+"""Within which trouble has to be told, on a busy machine, too: a third of what booting may take."""
 HOST = "02:00:00:00:00:01"
 
 
@@ -47,11 +48,6 @@ def wait_gone(pid: int, seconds: float = 2.0) -> None:
     while alive(pid):
         assert time.monotonic() < deadline, f"process {pid} is still there after {seconds} s"
         time.sleep(0.02)
-
-
-def told(guests: Session) -> float:
-    """Seconds within which trouble has to be told: more than that on a machine on which booting takes that long."""
-    return max(TOLD_SECONDS, 2.5 * guests.guest().boot_seconds)
 
 
 # A guest that is well
@@ -301,21 +297,21 @@ def test_a_panic_at_boot(guests: Session, artefacts: Path) -> None:
     assert "Kernel panic - not syncing" in str(failure).splitlines()[0]
     assert "VFS" in str(failure)
     assert "end of" in str(failure)
-    assert seconds < told(guests)
+    assert seconds < TOLD_SECONDS
 
 
 def test_an_init_that_ends(guests: Session, artefacts: Path) -> None:
     failure, seconds = fails(guests, artefacts, f"rdinit={BUSYBOX}", "--", "true")
     assert isinstance(failure, GuestPanicked)
     assert "Attempted to kill init" in str(failure).splitlines()[0]
-    assert seconds < told(guests)
+    assert seconds < TOLD_SECONDS
 
 
 def test_a_hang_at_boot(guests: Session, artefacts: Path) -> None:
     failure, seconds = fails(guests, artefacts, f"rdinit={BUSYBOX}", "--", "sleep", "1000")
     assert isinstance(failure, GuestNeverCameUp)
     assert "idle and silent" in str(failure).splitlines()[0]
-    assert seconds < told(guests)
+    assert seconds < TOLD_SECONDS
 
 
 def test_a_flood_at_boot(guests: Session, artefacts: Path) -> None:
@@ -323,21 +319,21 @@ def test_a_flood_at_boot(guests: Session, artefacts: Path) -> None:
     assert isinstance(failure, GuestNeverCameUp)
     assert "flooded its console" in str(failure).splitlines()[0]
     assert "a-flood-a-flood" in str(failure)
-    assert seconds < told(guests)
+    assert seconds < TOLD_SECONDS
 
 
 def test_a_guest_that_switches_itself_off(guests: Session, artefacts: Path) -> None:
     failure, seconds = fails(guests, artefacts, f"rdinit={BUSYBOX}", "--", "poweroff", "-f")
     assert isinstance(failure, GuestNeverCameUp)
     assert "ended with exit code 0" in str(failure).splitlines()[0]
-    assert seconds < told(guests)
+    assert seconds < TOLD_SECONDS
 
 
 def test_a_machine_that_qemu_refuses(guests: Session, artefacts: Path) -> None:
     began = time.monotonic()
     with pytest.raises(GuestNeverCameUp, match=r"ended with exit code 1 and said .*no-such-device"):
         boot(guests.image(), artefacts=artefacts, accel="tcg", extra_args=["-device", "no-such-device"])
-    assert time.monotonic() - began < told(guests)
+    assert time.monotonic() - began < TOLD_SECONDS
 
 
 # The accelerator
@@ -391,8 +387,8 @@ def test_an_agent_that_dies_is_told_at_once_and_started_anew(guests: Session) ->
     guest.start(["kill", "-9", str(guest.agent.hello["pid"])])
     with pytest.raises(GuestLost, match=r"sleep 1000.*agent in the guest (has ended|died)"):
         sleeping.wait(60)
-    assert time.monotonic() - began < told(guests)
-    guest.agent.wait_ready(told(guests))
+    assert time.monotonic() - began < TOLD_SECONDS
+    guest.agent.wait_ready(TOLD_SECONDS)
     assert guest.run(["echo", "again"]).stdout == "again\n"
     assert guest.lost is None
     guest.run(["pkill", "-9", "-x", "sleep"], check=False)
@@ -406,7 +402,7 @@ def test_an_agent_that_is_stuck_is_told(guests: Session, guest: Guest) -> None:
     with pytest.raises(GuestLost, match=r"has not answered within 1 s"):
         for _ in range(1000):
             guest.agent.ping(timeout=1.0)
-    assert time.monotonic() - began < told(guests)
+    assert time.monotonic() - began < TOLD_SECONDS
     assert guest.agent.ping(timeout=TOLD_SECONDS) < TOLD_SECONDS
 
 
@@ -417,7 +413,7 @@ def test_a_panic_of_a_guest_that_was_up(guests: Session) -> None:
     guest.start(["sh", "-c", "echo c >/proc/sysrq-trigger"])
     with pytest.raises(GuestLost, match=r"guest panicked: .*sysrq triggered crash"):
         sleeping.wait(60)
-    assert time.monotonic() - began < told(guests)
+    assert time.monotonic() - began < TOLD_SECONDS
     assert isinstance(guest.lost, GuestPanicked)
     with pytest.raises(GuestLost, match="guest panicked"):
         guest.run(["true"])
@@ -434,7 +430,7 @@ def test_a_qemu_that_is_killed(guests: Session) -> None:
     os.kill(guest._process.pid, signal.SIGKILL)
     with pytest.raises(GuestLost, match=r"was ended by SIGKILL|has closed the agent's port"):
         sleeping.wait(60)
-    assert time.monotonic() - began < told(guests)
+    assert time.monotonic() - began < TOLD_SECONDS
     deadline = time.monotonic() + 5
     while guest.lost is None and time.monotonic() < deadline:
         time.sleep(0.01)

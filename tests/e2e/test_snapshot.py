@@ -9,18 +9,16 @@ import pytest
 
 from qemu.cache import Cache
 from qemu.guest import Guest, Nic, boot
-from qemu.pytest_plugin import Session
+from qemu.session import Session
 
 MARK = b"A driver and an echo service in a guest that is up"
 """From the first line of testbed.py, which is on the code disk."""
 
 
 @pytest.fixture
-def empty_cache(artefacts: Path, monkeypatch: pytest.MonkeyPatch) -> Cache:
+def empty_cache(tmp_path: Path) -> Cache:
     """A cache for snapshots in which none are."""
-    cache = Cache(artefacts / "cache")
-    monkeypatch.setattr("qemu.snapshot.Cache", lambda: cache)
-    return cache
+    return Cache(tmp_path)
 
 
 def facts(guest: Guest) -> tuple[str, str]:
@@ -39,7 +37,7 @@ def test_a_restored_guest_is_as_good_as_a_booted_one(guests: Session, artefacts:
     image, code = guests.image(), guests.code()
     seen = []
     for name in ("booted", "restored", "restored-again"):
-        with boot(image, code=code, artefacts=artefacts / name, nics=[Nic()], accel="tcg") as guest:
+        with boot(image, code=code, artefacts=artefacts / name, nics=[Nic()], accel="tcg", cache=empty_cache) as guest:
             seen.append(facts(guest))
             assert guest.origin.startswith("booted, as there was no snapshot" if name == "booted" else "restored from")
             assert clock_error(guest) < 0.5
@@ -64,7 +62,7 @@ def test_the_code_disk_is_that_of_the_run(guests: Session, artefacts: Path, empt
     assert MARK in data
     other.write_bytes(data.replace(MARK, MARK.swapcase()))
     for n, code in enumerate((guests.code(), other)):
-        with boot(guests.image(), code=code, artefacts=artefacts / str(n), accel="tcg") as guest:
+        with boot(guests.image(), code=code, artefacts=artefacts / str(n), accel="tcg", cache=empty_cache) as guest:
             found = MARK.swapcase() in guest.get("/code/tests/e2e/testbed.py")
             assert found == (code == other)
     assert "restored" in guest.origin
@@ -74,7 +72,7 @@ def test_what_cannot_be_restored_is_booted_and_told(guests: Session, artefacts: 
     said: list[str] = []
 
     def up(name: str) -> str:
-        with boot(guests.image(), artefacts=artefacts / name, accel="tcg", say=said.append) as guest:
+        with boot(guests.image(), artefacts=artefacts / name, accel="tcg", cache=empty_cache, say=said.append) as guest:
             assert guest.run(["true"]).returncode == 0
             return guest.origin
 
@@ -93,7 +91,8 @@ def test_a_machine_that_cannot_be_saved_is_booted_each_time(
 ) -> None:
     said: list[str] = []
     unmovable = ["-device", "nvme,serial=none"]
-    with boot(guests.image(), artefacts=artefacts, accel="tcg", extra_args=unmovable, say=said.append) as guest:
+    options = {"accel": "tcg", "extra_args": unmovable, "cache": empty_cache, "say": said.append}
+    with boot(guests.image(), artefacts=artefacts, **options) as guest:  # type: ignore[arg-type]
         assert guest.run(["true"]).returncode == 0
     assert len(said) == 1
     assert said[0].startswith("no snapshot of this guest: ")

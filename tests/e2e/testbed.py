@@ -11,7 +11,7 @@ import os
 import re
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -149,16 +149,23 @@ def running(
     options: Sequence[str] = (),
     vnode: str | None = None,
     log_directory: Path | None = None,
+    halt_at: str | None = None,
+    halted: Callable[[], object] = lambda: None,
 ) -> Iterator[Testbed]:
     """Starts driver and echo service for the guest's first NIC, with this vnode.yml or one that grants all that is
-    needed; kills what is left of them at the end."""
+    needed; kills what is left of them at the end. With `halt_at` the start stands still when it logs that, `halted` is
+    called, and it goes on."""
     logs = log_directory or guest.artefacts
     pci = nics(guest)[0][0]
     guest.put((vnode or manifest(pci, irq=irq)).encode(), MANIFEST)
     with contextlib.ExitStack() as stack:
         driver = stack.enter_context(
-            guest.start(netbridge("run", MANIFEST, "--json", *options), log=logs / "driver.log")
+            guest.start(netbridge("run", MANIFEST, "--json", *options), log=logs / "driver.log", halt_at=halt_at)
         )
+        if halt_at is not None:
+            driver.wait_halted(START_SECONDS)
+            halted()
+            driver.go_on()
         mac = wait_for_line(driver, r" prepared .*\bmac=(\S+)")[1]
         bed = Testbed(guest, pci, mac, driver, start_echo(guest, logs / "echo.log"), logs / "echo.log")
         stack.callback(lambda: bed.echo.__exit__(None, None, None))

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from qemu.pytest_plugin import _for_guest
+from qemu.session import for_guest
 
 pytest_plugins = ["pytester"]
 
@@ -99,7 +99,7 @@ def test_reports_from_the_guest_count_as_our_own(pytester: pytest.Pytester, monk
 
 def test_options_of_the_host_do_not_reach_the_guest() -> None:
     given = ["-ra", "-p", "qemu.pytest_plugin", "-n", "2", "--strict-markers", "-pno:x", "-n4"]
-    assert _for_guest(given) == ["-ra", "--strict-markers"]
+    assert for_guest(given) == ["-ra", "--strict-markers"]
 
 
 def test_an_accelerator_that_is_none_is_refused_in_a_line(

@@ -2,8 +2,9 @@
 
 import pytest
 
-from qemu.pytest_plugin import MEMORY_MB, Needs, _blame, _patience
+from qemu.pytest_plugin import _blame
 from qemu.remote import Report
+from qemu.session import MEMORY_MB, Needs, patience
 
 
 def test_needs_add_up() -> None:
@@ -55,7 +56,7 @@ def test_a_test_that_failed_keeps_its_own_reason() -> None:
 
 
 def test_patience_is_a_number() -> None:
-    assert _patience("8") == 8.0
+    assert patience("8") == 8.0
     for wrong in ("", "long", "0", "-1", "nan", "inf"):
         with pytest.raises(pytest.UsageError, match="guest_patience: expected a number from 1 to 1000"):
-            _patience(wrong)
+            patience(wrong)

@@ -1,0 +1,203 @@
+"""What the tests of one run share: image, code disk, a guest, and the pytest inside it."""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from qemu.codedisk import build_code_disk
+from qemu.dimensions import Dimensions
+from qemu.errors import HarnessError
+from qemu.guest import Guest, Nic, boot
+from qemu.images import Image, Recipe, ensure_image
+from qemu.remote import RemoteTests
+
+BOOT_SECONDS = 180.0
+MEMORY_MB = 512
+
+
+class Booted(NamedTuple):
+    """A guest that came up: accelerator with its reason, restored or booted and why, and in how many seconds."""
+
+    accel: str
+    origin: str
+    seconds: float
+
+
+def summary(booted: Sequence[Booted]) -> str:
+    """One line on all guests of a run."""
+    restored = [guest.seconds for guest in booted if guest.origin.startswith("restored")]
+    cold = [guest.seconds for guest in booted if not guest.origin.startswith("restored")]
+    parts = [
+        f"{len(times)} {how} in {min(times):.1f}-{max(times):.1f} s"
+        for how, times in (("booted", cold), ("restored", restored))
+        if times
+    ]
+    accels = dict.fromkeys(guest.accel for guest in booted)
+    return f"{', '.join(parts)}, under {'; '.join(accels)}"
+
+
+@dataclass
+class Needs:
+    """What the shared guest is to have beyond what every guest has."""
+
+    arguments: list[str] = field(default_factory=list)
+    words: list[str] = field(default_factory=list)
+    memory_mb: int = MEMORY_MB
+
+    def add(self, devices: Sequence[str] = (), words: Sequence[str] = (), memory_mb: int = 0) -> None:
+        """The arguments of one marker. Whole device lines are compared, so two tests may need the same one."""
+        self.arguments += [line for line in devices if line not in self.arguments]
+        self.words += [word for word in words if word not in self.words]
+        self.memory_mb = max(self.memory_mb, memory_mb)
+
+
+class Session:
+    """What the tests of one run share: image, code disk, guest, and the pytest inside it."""
+
+    def __init__(self, config: pytest.Config):
+        self.config = config
+        worker = getattr(config, "workerinput", {}).get("workerid", "")
+        base: Path = config.getoption("artefacts") or config.rootpath / "build" / "tests"
+        self.artefacts = base.absolute() / worker
+        self.booted: list[Booted] = []
+        """Each guest that came up, for the summary."""
+        self.infrastructure: list[str] = []
+        """What failed for reasons of the harness, not of what is tested: nodeid and reason."""
+        self.needs = Needs()
+        self.patience = patience(str(config.getini("guest_patience")))
+        self._images: dict[Path, Image] = {}
+        self._codes: dict[Path, Path] = {}
+        self._guest: Guest | None = None
+        self._remote: RemoteTests | None = None
+        self._broken: HarnessError | None = None
+
+    def say(self, line: str) -> None:
+        reporter = self.config.pluginmanager.get_plugin("terminalreporter")
+        if reporter is not None:
+            reporter.ensure_newline()
+            reporter.write_line(line)
+
+    def _once(self, make: Callable[[], Any]) -> Any:
+        """What cannot be made is not tried again for every test that wants it."""
+        if self._broken is not None:
+            raise self._broken
+        try:
+            return make()
+        except HarnessError as error:
+            self._broken = error
+            raise
+
+    @property
+    def accel(self) -> str:
+        """The accelerator that was asked for."""
+        if self.config.getoption("require_kvm"):
+            return "kvm"
+        return str(self.config.getoption("accel") or "auto")
+
+    def recipe(self) -> Path:
+        """The recipe named in the configuration."""
+        return self.config.rootpath / str(self.config.getini("guest_recipe"))
+
+    def image(self, recipe: Path | None = None) -> Image:
+        path = recipe or self.recipe()
+        if path not in self._images:
+            self._images[path] = self._once(lambda: ensure_image(Recipe.load(path), progress=self.say))
+        return self._images[path]
+
+    def code(self, recipe: Path | None = None) -> Path:
+        path = recipe or self.recipe()
+        if path not in self._codes:
+            specification = self.config.rootpath / str(self.config.getini("guest_code"))
+            image = self.image(path)
+            self.artefacts.mkdir(parents=True, exist_ok=True)
+            out = self.artefacts / f"code-{path.stem}.img"
+            self._codes[path] = self._once(lambda: build_code_disk(image, specification, out))
+        return self._codes[path]
+
+    def boot(self, name: str, recipe: Path | None = None, **options: Any) -> Guest:
+        """A guest of its own, for a test that changes or breaks it; to be closed by whoever asked for it."""
+        options.setdefault("accel", self.accel)
+        options.setdefault("code", self.code(recipe))
+        options.setdefault("timeout", BOOT_SECONDS * self.patience)
+        guest = boot(self.image(recipe), artefacts=self.artefacts / name, say=self.say, **options)
+        self.booted.append(Booted(str(guest.accel), guest.origin, guest.boot_seconds))
+        return guest
+
+    def fresh(self, name: str, wanted: Dimensions) -> Guest:
+        """A guest that nobody has used, with these dimensions; to be closed by whoever asked for it."""
+        return self.boot(name, wanted.recipe(self.recipe()), **wanted.boot_options())
+
+    def guest(self) -> Guest:
+        """The guest that all share. Booted anew when it was lost."""
+        if self._guest is not None and self._guest.lost is not None:
+            self.end_guest()
+        if self._guest is None:
+            name = f"shared-guest-{len(self.booted)}"
+            more = [word for line in self.needs.arguments for word in shlex.split(line)]
+            self._guest = self._once(
+                lambda: self.boot(
+                    name,
+                    nics=[Nic()],
+                    extra_args=[*self.config.getini("guest_args"), *more],
+                    # Of words that contradict each other the kernel takes the last.
+                    append=[*self.needs.words, *self.config.getini("guest_words")],
+                    memory_mb=self.needs.memory_mb,
+                )
+            )
+        return self._guest
+
+    @property
+    def shared(self) -> Guest | None:
+        """The guest that tests share, if it is there."""
+        return self._guest
+
+    def remote(self, items: list[pytest.Item]) -> RemoteTests:
+        guest = self.guest()
+        if self._remote is None or self._remote.guest is not guest:
+            root = str(self.config.getini("guest_root"))
+            files = dict.fromkeys(item.nodeid.split("::")[0] for item in items)
+            paths = [f"{root}/{file}" for file in files]
+            log = guest.artefacts / "guest-pytest.log"
+            options = ["-o", f"addopts={shlex.join(for_guest(self.config.getini('addopts')))}"]
+            self._remote = RemoteTests(
+                guest, paths, root=root, log=log, options=options, configuration=self.config.inipath
+            )
+        return self._remote
+
+    def end_guest(self) -> None:
+        if self._remote is not None:
+            with contextlib.suppress(HarnessError):
+                self._remote.close()
+            self._remote = None
+        if self._guest is not None:
+            self._guest.close()
+            self._guest = None
+
+
+def patience(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 1.0 <= value <= 1000.0:
+        raise pytest.UsageError(f"guest_patience: expected a number from 1 to 1000, found {text!r}")
+    return value
+
+
+def for_guest(options: list[str]) -> list[str]:
+    """The options from the configuration without plugins of the host: this one, and parallel runs."""
+    kept = []
+    words = iter(options)
+    for word in words:
+        if word in ("-p", "-n"):
+            next(words, None)
+        elif not word.startswith(("-p", "-n")):
+            kept.append(word)
+    return kept

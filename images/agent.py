@@ -379,12 +379,12 @@ class Agent:
         """
         import fcntl
 
+        time.clock_settime_ns(time.CLOCK_REALTIME, int(request.header["time_ns"]))
         seed = request.payload
         with open("/dev/urandom", "rb") as random:
             fcntl.ioctl(random, RNDADDENTROPY, struct.pack("ii", 8 * len(seed), len(seed)) + seed)
             fcntl.ioctl(random, RNDRESEEDCRNG)
         mounted = [target for serial, target in DISKS if mount_disk(serial, target)]
-        time.clock_settime_ns(time.CLOCK_REALTIME, int(request.header["time_ns"]))
         return {"mounted": mounted}
 
     def op_ping(self, request: Request) -> dict[str, Any]:

@@ -130,7 +130,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     ours.end_guest()
     output = getattr(session.config, "workeroutput", None)
     if output is not None:
-        output["guests"] = [list(ours.booted), ours.infrastructure]
+        output["guests"] = [[list(guest) for guest in ours.booted], ours.infrastructure]
 
 
 @pytest.hookimpl(optionalhook=True)

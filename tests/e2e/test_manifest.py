@@ -15,7 +15,7 @@ import pytest
 
 from netbridge.vnode.capabilities import MIB
 from qemu.guest import Guest, Nic
-from qemu.pytest_plugin import Session
+from qemu.session import Session
 from tests.e2e import testbed
 from tests.e2e.traffic import Generator, reflected
 

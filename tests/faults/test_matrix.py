@@ -178,7 +178,7 @@ def ended_well(bed: Testbed) -> Iterator[None]:
     bed.stop()
 
 
-@pytest.mark.parametrize(("fault", "moment", "ring"), cases())
+@pytest.mark.parametrize(("fault", "moment", "ring"), [*cases()])
 def test_fault(guest: Guest, wire: Wire, fault: Fault, moment: str, ring: str) -> None:
     if moment == "starting":
         for step in STEPS[:1]:

@@ -16,14 +16,13 @@ from enum import Enum
 from netbridge.datapath._core import lib
 from netbridge.errors import DeviceError, NetbridgeError
 from netbridge.ipc.errors import Reason
-from netbridge.ipc.geometry import DEFAULT_HEADROOM
 from netbridge.ipc.messages import Facts
 from netbridge.ipc.requests import Filter, Mac, Verdict
-from netbridge.ipc.server import ClientAsks, ClientGone, ClientReady, PortServer
+from netbridge.ipc.server import ClientAsks, ClientGone, ClientReady, ClientWaits, PortServer
 from netbridge.ipc.session import next_session
 from netbridge.log import Log
-from netbridge.metrics import DEVICE_FAULTS, REFUSALS
-from netbridge.session import BUFFER_STRIDE, AddressSpace, Session, Settings
+from netbridge.metrics import DEVICE_FAULTS, REFUSALS, client_row
+from netbridge.session import AddressSpace, Session, Settings
 from netbridge.station import FATAL, Station
 from netbridge.virtio import commands
 from netbridge.virtio.errors import Gone
@@ -94,6 +93,9 @@ class Bridge:
         self._settings = settings
         self._session: Session | None = None
         self._station: Station | None = None
+        # What the next session is prepared for: what the client that waits can take, or what the last one could.
+        self._offloads = 0
+        server.agree = net.offloads_for
         self._number = int.from_bytes(os.urandom(2), "little")
         self._link_state = LinkState()
         self._serving = False
@@ -149,14 +151,11 @@ class Bridge:
             self._server.withdraw()
 
     def _make_session(self) -> None:
-        self._net.configure()
+        asked = self._server.asked
+        if asked is not None:
+            self._offloads = asked
+        self._net.configure(self._offloads)
         facts = self._net.facts
-        room = BUFFER_STRIDE - DEFAULT_HEADROOM + facts.header_bytes
-        if room < facts.smallest_rx_buffer:
-            raise DeviceError(
-                f"{self._net.name}: a frame of its MTU of {facts.mtu} does not fit one receive buffer ({room} bytes), "
-                "and without MRG_RXBUF it cannot span several; use MRG_RXBUF, or give the device a smaller MTU"
-            )
         self._tell(facts.link)
         self._number = next_session(self._number)
         self._session = Session(self._number, self._net, self._iommu, self._settings)
@@ -165,7 +164,8 @@ class Bridge:
 
     def _begin_serving(self, event: ClientReady) -> None:
         assert self._session is not None
-        self._session.start_pump(self._counters, self._control_fd, self._settings.spin_us)
+        client = client_row(self._counters, event.peer.name)
+        self._session.start_pump(self._counters, client, self._control_fd, self._settings.spin_us)
         try:
             self._net.start()
             self._station = Station(self._net)
@@ -175,6 +175,7 @@ class Bridge:
             self._device_failed("gone")
             return
         self._counters.sessions += 1
+        client.sessions += 1
         self._serving = True
         self._log("serving", session=event.session, client=event.peer.name, pid=event.peer.pid, uid=event.peer.uid)
 
@@ -223,7 +224,9 @@ class Bridge:
 
     def _on_port(self, _fd: int) -> None:
         for event in self._server.handle():
-            if isinstance(event, ClientReady):
+            if isinstance(event, ClientWaits):
+                self._restart = True
+            elif isinstance(event, ClientReady):
                 self._begin_serving(event)
             elif isinstance(event, ClientGone):
                 self._log("client_gone", client=event.peer.name, reason=event.reason.words, text=event.text)

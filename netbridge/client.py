@@ -6,6 +6,9 @@
                 print(bytes(frame.data[:14]).hex())
         client.send_bytes(b"...")
 
+A frame that is longer than a buffer is in several: `frame.pieces`, and `send` of a list of buffers. Whoever asks for
+offloads finds the virtio header of what came in `frame.header`, and sets `buffer.header` for what is sent.
+
 A received frame is this process's until it is released; a buffer to send is, until it is sent. Using either afterwards
 raises. There are few of them, so give frames back soon: the driver drops what comes while a client holds its limit.
 
@@ -37,12 +40,13 @@ from netbridge.ipc.errors import (
 )
 from netbridge.ipc.frames import Buffer, Frame
 from netbridge.ipc.messages import DEFAULT_SOCKET, Bye, Facts, Hello, Link, Ready, Welcome
+from netbridge.ipc.offloads import HEADER_BYTES, NO_OFFLOADS, TX_OFFLOADS, Offload, VirtioNetHeader
 from netbridge.ipc.regions import Mapping, place_rings, verify_sealed
 from netbridge.ipc.requests import Answer, Filter, Mac, Verdict
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterable
+    from collections.abc import AsyncIterator, Iterable, Sequence
     from typing import Any
 
 __all__ = [
@@ -50,12 +54,14 @@ __all__ = [
     "Client",
     "Filter",
     "Frame",
+    "Offload",
     "PortClosed",
     "PortError",
     "PortUnavailable",
     "Reason",
     "RequestRefused",
     "Verdict",
+    "VirtioNetHeader",
     "connect",
 ]
 
@@ -66,12 +72,18 @@ _FIRST_RETRY_SECONDS, _LAST_RETRY_SECONDS = 0.01, 0.25
 
 
 def connect(
-    path: str | os.PathLike[str] = DEFAULT_SOCKET, *, name: str = "client", timeout: float = 5.0, wait: float = 0.0
+    path: str | os.PathLike[str] = DEFAULT_SOCKET,
+    *,
+    name: str = "client",
+    offloads: Offload = NO_OFFLOADS,
+    timeout: float = 5.0,
+    wait: float = 0.0,
 ) -> Client:
     """Connects to the driver that listens at `path` and takes the port over.
 
-    `name`: what the driver's log and counters call this client; 1 to 32 letters, digits, '.', '_' or '-'. `timeout`:
-    seconds for the handshake. `wait`: seconds to keep trying while no driver listens, or while it is busy.
+    `name`: what the driver's log and counters call this client; 1 to 32 letters, digits, '.', '_' or '-'. `offloads`:
+    those this client can take; the session has as many of them as the device does. `timeout`: seconds for the
+    handshake. `wait`: seconds to keep trying while no driver listens, or while it is busy.
 
     Raises PortUnavailable when nobody listens, PortClosed with the driver's reason when it says no, BadGeometry when
     what it offers does not hold together, PortError for everything else.
@@ -80,7 +92,7 @@ def connect(
     pause = _FIRST_RETRY_SECONDS
     while True:
         try:
-            return _connect_once(os.fspath(path), name, timeout)
+            return _connect_once(os.fspath(path), Hello(name, offloads=offloads), timeout)
         except PortError as error:
             may_pass = isinstance(error, PortUnavailable) or (isinstance(error, PortClosed) and error.reason.may_pass)
             left = give_up - time.monotonic()
@@ -91,18 +103,22 @@ def connect(
         pause = min(pause * 1.5, _LAST_RETRY_SECONDS)
 
 
-def _connect_once(path: str, name: str, timeout: float) -> Client:
+def _connect_once(path: str, hello: Hello, timeout: float) -> Client:
     deadline = time.monotonic() + timeout
-    hello = Hello(name).pack()
+    packed = hello.pack()
     with ExitStack() as stack:
         control = ControlSocket(path, timeout)
         stack.callback(control.close)
-        control.send(hello)
+        control.send(packed)
         welcome, fds = control.await_welcome(deadline)
         with ExitStack() as received:
             for fd in fds:
                 received.callback(os.close, fd)
             try:
+                if welcome.offloads & ~hello.offloads:
+                    raise BadGeometry(
+                        f"offloads {welcome.offloads:#x}, of which only {hello.offloads:#x} were asked for"
+                    )
                 client = Client(control, welcome, fds)
             except BadGeometry as error:
                 control.send(Bye(Reason.GEOMETRY, str(error)).pack())
@@ -125,9 +141,11 @@ class Client:
     """One session with the driver; made by `connect`. Close it, or use it in a `with`.
 
     `session`: its number. `mac` (6 bytes), `mtu`, `link_up` and `speed_mbps` (0: not known) are kept up to date by
-    every call that looks at the control socket: `check`, and all that wait. `room`: the longest frame that can be sent.
-    `rx_limit`: how many RX buffers this client may hold before frames are dropped. `announcements`: how often the
-    driver has said that the network is to hear of this station (a gratuitous ARP, say).
+    every call that looks at the control socket: `check`, and all that wait. `offloads`: those that the session has.
+    `queue_pairs`: how many of them frames come from and can be sent on. `room`: what a buffer to send holds; `largest`:
+    the longest frame that can be sent, in `most_pieces` buffers or fewer. `rx_limit`: how many RX buffers this client
+    may hold before frames are dropped. `announcements`: how often the driver has said
+    that the network is to hear of this station (a gratuitous ARP, say).
     """
 
     def __init__(self, control: ControlSocket, welcome: Welcome, fds: list[int]) -> None:
@@ -140,8 +158,12 @@ class Client:
             verify_sealed(fd, size, f"{what} region")
         self.session = welcome.session
         self.room = geometry.tx.stride - geometry.headroom
+        self.largest = geometry.tx_largest
+        self.most_pieces = geometry.tx_pieces
         self.rx_limit = geometry.rx_limit
         self.announcements = 0
+        self.offloads = Offload(welcome.offloads)
+        self.queue_pairs = welcome.queue_pairs
         self._set_facts(welcome.facts)
         self._control = control
         self._closed: PortError | None = None
@@ -152,7 +174,10 @@ class Client:
         self._unsent: list[tuple[int, Any, int]] = []
         # Pieces of a frame whose end has not come yet, and the indices of all RX buffers that are here.
         self._partial: list[tuple[int, Any, int]] = []
+        self._partial_has_header = False
         self._rx_here: set[int] = set()
+        # `arm` was called, so somebody may be waiting on `fileno`.
+        self._armed = False
         self._pieces = ffi.new("struct nb_piece[]", _BURST)
         with ExitStack() as stack:
             if os.get_blocking(client_doorbell_fd):
@@ -161,6 +186,10 @@ class Client:
             self._doorbell = stack.enter_context(select.epoll.fromfd(os.dup(driver_doorbell_fd)))
             self._poller = stack.enter_context(select.epoll())
             self._poller.register(control.fileno(), select.EPOLLIN)
+            # Makes `fileno` readable for frames whose bell was quietened by another wait.
+            self._reminder = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+            stack.callback(os.close, self._reminder)
+            self._poller.register(self._reminder, select.EPOLLIN)
             try:
                 self._doorbell.poll(0)
                 self._poller.register(self._doorbell.fileno(), select.EPOLLIN)
@@ -185,6 +214,8 @@ class Client:
             native.rx_count, native.tx_count = geometry.rx.buffers, geometry.tx.buffers
             native.rx_stride, native.tx_stride = geometry.rx.stride, geometry.tx.stride
             native.headroom, native.continuation_offset = geometry.headroom, geometry.continuation_offset
+            native.tx_largest_frame, native.tx_max_pieces = geometry.tx_largest, geometry.tx_pieces
+            native.queue_pairs, native.offloads = welcome.queue_pairs, welcome.offloads
             native.client_doorbell_fd, native.driver_doorbell_fd = client_doorbell_fd, driver_doorbell_fd
             if lib.nb_client_init(native) != 0:
                 raise BadGeometry("refused by the data path")
@@ -313,42 +344,62 @@ class Client:
             if buffers or not self._wait(lib.NB_WAIT_ALLOCATE, deadline):
                 return buffers
 
-    def send(self, *buffers: Buffer) -> None:
-        """Sends each buffer's first `length` bytes as a frame; never waits. The buffers are the driver's afterwards.
-        Raises ValueError for a length that is no frame's, BufferError while something cut from a buffer's `data` is
-        alive; then none is sent."""
+    def send(self, *frames: Buffer | Sequence[Buffer]) -> None:
+        """Sends frames: of each buffer the first `length` bytes; several buffers in a list are one frame. The first
+        buffer's `header` and `queue` are the frame's. Never waits; the buffers are the driver's afterwards. Raises
+        ValueError for what the driver would refuse, BufferError while something cut from a buffer's `data` is alive;
+        then none is sent."""
         self._must_be_open()
-        for buffer in buffers:
-            if buffer._client is not self:
-                raise ValueError("this buffer was sent or released, or belongs to another session")
-            if not LEAST_FRAME <= buffer.length <= buffer.room:
-                raise ValueError(f"length {buffer.length} is not between {LEAST_FRAME} and {buffer.room}")
+        whole = [(frame,) if isinstance(frame, Buffer) else tuple(frame) for frame in frames]
+        for pieces in whole:
+            self._must_be_sendable(pieces)
+        buffers = [buffer for pieces in whole for buffer in pieces]
         if len(set(buffers)) != len(buffers):
             raise ValueError("the same buffer twice")
         for buffer in buffers:
             buffer._invalidate()
-        for start in range(0, len(buffers), _BURST):
-            chunk = buffers[start : start + _BURST]
-            for i, buffer in enumerate(chunk):
-                handle = buffer._piece[0]
-                self._pieces[i].dma_handle = handle
-                self._pieces[i].len = buffer.length
-                self._pieces[i].flags = 0
-                del self._buffers[handle & _INDEX_MASK]
+        entries = [entry for pieces in whole for entry in _entries(pieces)]
+        for start in range(0, len(entries), _BURST):
+            chunk = entries[start : start + _BURST]
+            for i, (buffer, flags, queue) in enumerate(chunk):
+                piece = self._pieces[i]
+                piece.dma_handle, piece.len, piece.flags, piece.queue = buffer._piece[0], buffer.length, flags, queue
+                del self._buffers[buffer._piece[0] & _INDEX_MASK]
                 buffer._client = None
             lib.nb_client_send(self._native, self._pieces, len(chunk))
-        if buffers:
+        if entries:
             lib.nb_client_flush(self._native)
 
-    def send_bytes(self, frame: bytes | bytearray | memoryview, timeout: float | None = None) -> None:
-        """Copies a frame into a buffer and sends it. Raises ValueError when it is too short or too long, TimeoutError
-        when no buffer came free in `timeout` seconds."""
-        if not LEAST_FRAME <= len(frame) <= self.room:
-            raise ValueError(f"a frame of {len(frame)} bytes: wanted {LEAST_FRAME} to {self.room}")
-        buffers = self.allocate(1, timeout)
-        if not buffers:
-            raise TimeoutError(f"no TX buffer came free in {timeout} s")
-        self.send(buffers[0].write(frame))
+    def send_bytes(
+        self,
+        frame: bytes | bytearray | memoryview,
+        timeout: float | None = None,
+        *,
+        header: VirtioNetHeader | None = None,
+        queue: int = 0,
+    ) -> None:
+        """Copies a frame into as many buffers as it takes and sends it. Raises ValueError when it is too short or too
+        long, TimeoutError when buffers did not come free in `timeout` seconds."""
+        if not LEAST_FRAME <= len(frame) <= self.largest:
+            raise ValueError(f"a frame of {len(frame)} bytes: wanted {LEAST_FRAME} to {self.largest}")
+        deadline = None if timeout is None else time.monotonic() + timeout
+        needed = -(-len(frame) // self.room)
+        buffers: list[Buffer] = []
+        try:
+            while len(buffers) < needed:
+                left = None if deadline is None else max(0.0, deadline - time.monotonic())
+                more = self.allocate(needed - len(buffers), left)
+                if not more:
+                    raise TimeoutError(f"in {timeout} s {len(buffers)} of {needed} TX buffers came free")
+                buffers += more
+            for number, buffer in enumerate(buffers):
+                buffer.write(frame[number * self.room : (number + 1) * self.room])
+            buffers[0].header, buffers[0].queue = header, queue
+            self.send(buffers)
+        except BaseException:
+            for buffer in buffers:
+                buffer.release()
+            raise
 
     # ---- Event loops
 
@@ -363,6 +414,8 @@ class Client:
         self.check()
         self._must_have_room()
         self._doorbell.poll(0)
+        _quieten(self._reminder)
+        self._armed = True
         self._native.rx_active.header.wake = 1
         # It has the full fence that must stand between asking and looking; that it may ring the driver does no harm.
         lib.nb_client_flush(self._native)
@@ -415,6 +468,7 @@ class Client:
         self._frames.clear()
         self._buffers.clear()
         self._poller.close()
+        os.close(self._reminder)
         self._doorbell.close()
         self._control.close()
         for fd in self._fds:
@@ -471,7 +525,7 @@ class Client:
         self._must_be_open()
         count = lib.nb_client_receive(self._native, self._pieces, min(most, _BURST))
         if count < 0:
-            raise self._broken("an entry in rx_active that may not be")
+            raise self._broken("an entry in rx_active that may not be, or a frame's pieces out of order")
         frames = []
         for i in range(count):
             piece = self._pieces[i]
@@ -479,12 +533,12 @@ class Client:
             index = handle & _INDEX_MASK
             if index in self._rx_here:
                 raise self._broken(f"RX buffer {index} came twice")
-            if bool(flags & lib.NB_CONTINUATION) != bool(self._partial):
-                raise self._broken("a frame's pieces are out of order")
             self._rx_here.add(index)
+            if not self._partial:
+                self._partial_has_header = bool(flags & lib.NB_HEADER)
             self._partial.append((handle, piece.data, piece.len))
             if not flags & lib.NB_MORE:
-                frame = Frame(self, self._partial)
+                frame = Frame(self, self._partial, has_header=self._partial_has_header, queue=piece.queue)
                 self._frames[self._partial[0][0]] = frame
                 frames.append(frame)
                 self._partial = []
@@ -530,7 +584,56 @@ class Client:
         found = lib.nb_client_wait(self._native, wanted | lib.NB_WAIT_CONTROL, self.control_fd, timeout_ms)
         if found & lib.NB_WAIT_FAILED:
             raise PortError(f"cannot wait for the driver: {os.strerror(ffi.errno)}")
+        if self._armed:
+            self._arm_again()
         return True
+
+    def _arm_again(self) -> None:
+        """After a wait of another kind: it has answered the doorbell, which may have rung for `arm`, and has withdrawn
+        the wish to be woken if it was waiting for frames too. Whoever waits on `fileno` must not miss what came."""
+        self._native.rx_active.header.wake = 1
+        lib.nb_client_flush(self._native)
+        if self._frames_wait():
+            os.eventfd_write(self._reminder, 1)
+
+    def _must_be_sendable(self, pieces: Sequence[Buffer]) -> None:
+        """Raises ValueError for a frame that the driver would refuse."""
+        if not 1 <= len(pieces) <= self.most_pieces:
+            raise ValueError(f"a frame of {len(pieces)} buffers: wanted 1 to {self.most_pieces}")
+        for buffer in pieces:
+            if buffer._client is not self:
+                raise ValueError("this buffer was sent or released, or belongs to another session")
+            least = LEAST_FRAME if len(pieces) == 1 else 1
+            if not least <= buffer.length <= buffer.room:
+                raise ValueError(f"length {buffer.length} is not between {least} and {buffer.room}")
+        length = sum(buffer.length for buffer in pieces)
+        if not LEAST_FRAME <= length <= self.largest:
+            raise ValueError(f"length {length} is not between {LEAST_FRAME} and {self.largest}")
+        if not 0 <= pieces[0].queue < self.queue_pairs:
+            raise ValueError(f"queue pair {pieces[0].queue}: there are {self.queue_pairs}, from 0 on")
+        if pieces[0].header is not None and not self.offloads & TX_OFFLOADS:
+            raise ValueError("a header, but the session has no offloads on the transmit side")
+
+
+def _entries(pieces: Sequence[Buffer]) -> list[tuple[Buffer, int, int]]:
+    """A frame's buffers with the flags and the queue of their entries; puts its header in front of it."""
+    first = pieces[0]
+    flags = 0
+    if first.header is not None:
+        ffi.buffer(first._piece[1] - HEADER_BYTES, HEADER_BYTES)[:] = first.header.pack()
+        flags = lib.NB_HEADER
+    entries = []
+    for number, buffer in enumerate(pieces, 1):
+        entries.append((buffer, flags | (lib.NB_MORE if number < len(pieces) else 0), first.queue))
+        flags = lib.NB_CONTINUATION
+    return entries
+
+
+def _quieten(eventfd: int) -> None:
+    try:
+        os.eventfd_read(eventfd)
+    except BlockingIOError:
+        pass
 
 
 def _wake_once(readable: Any) -> None:

@@ -100,7 +100,16 @@ def _serve(start: dict[str, Any], fds: list[int], channel: socket.socket) -> Sto
         device_fds = vfio.DeviceFds(start["interface"], device_fd, iommu_fd, ioas_id=start["ioas_id"])
         device = stack.enter_context(vfio.Device.from_fds(address, device_fds))
         wanted = features.select(start["without"])
-        net = stack.enter_context(NetDevice(VirtioPci(device), VfioDma(device.iommu), interrupts=mode, wanted=wanted))
+        settings = Settings(**start["settings"])
+        net = stack.enter_context(
+            NetDevice(
+                VirtioPci(device),
+                VfioDma(device.iommu),
+                interrupts=mode,
+                wanted=wanted,
+                tx_headers=settings.tx_headers,
+            )
+        )
         request_fd, error_fd = _watch_device(device, stack)
         if mode is InterruptMode.MSIX:
             net.configure()
@@ -112,7 +121,7 @@ def _serve(start: dict[str, Any], fds: list[int], channel: socket.socket) -> Sto
             server,
             page.counters,
             log,
-            Settings(**start["settings"]),
+            settings,
             stop_fd=channel.fileno(),
             ready=lambda: handover.say(channel, handover.UP),
             request_fd=request_fd,

@@ -43,6 +43,9 @@ _LABELS: dict[str, tuple[str, ...]] = {
 }
 
 
+OTHERS = "(others)"  # no client can be called that
+
+
 class CountersUnreadable(NetbridgeError):
     """There is no driver's counters page where one was looked for."""
 
@@ -141,11 +144,38 @@ def as_dict(counters: Any) -> dict[str, Any]:
             continue
         if name in _LABELS:
             data[name] = {label: int(value[i]) for i, label in enumerate(_LABELS[name])}
+        elif name == "clients":
+            data[name] = {
+                _client_name(row): {"sessions": int(row.sessions), "client_slow": int(row.client_slow)}
+                for row in value
+                if row.name[0]
+            }
         elif field.type.kind == "array":
             data[name] = {stage: summary(value[i]) for i, stage in enumerate(LATENCY_STAGES)}
         else:
             data[name] = int(value)
     return data
+
+
+def client_row(counters: Any, name: str) -> Any:
+    """The `struct nb_client_counters *` of the client of this name: the one it had before, else a new one; the last is
+    for everybody who came when all were taken. For the driver only."""
+    rows = counters.clients
+    padded = name.encode().ljust(len(rows[0].name), b"\0")
+    for row in rows[0 : len(rows) - 1]:
+        if bytes(row.name) == padded:
+            return ffi.addressof(row)
+        if not row.name[0]:
+            break
+    else:
+        row = rows[len(rows) - 1]
+        padded = OTHERS.encode().ljust(len(row.name), b"\0")
+    ffi.buffer(row.name)[:] = padded
+    return ffi.addressof(row)
+
+
+def _client_name(row: Any) -> str:
+    return bytes(row.name).rstrip(b"\0").decode("ascii", "replace")
 
 
 def summary(histogram: Any) -> dict[str, int]:

@@ -11,7 +11,9 @@ from contextlib import ExitStack
 
 import vfio
 from netbridge.datapath._core import ffi, lib
-from netbridge.errors import NetbridgeError
+from netbridge.errors import DeviceError, NetbridgeError
+from netbridge.ipc.geometry import DEFAULT_HEADROOM, STRIDE_ALIGNMENT
+from netbridge.ipc.offloads import TX_SEGMENTATION
 from netbridge.ipc.session import PortSession
 from netbridge.virtio import features
 from netbridge.virtio.net import NetDevice
@@ -25,11 +27,26 @@ else:
 BUFFER_STRIDE = 2048
 MAX_MERGED_BUFFERS = 34  # a 64 KiB frame and its header in buffers of 2 KiB, rounded up
 BURST = 64
+LEAST_RX_BUFFERS = 4
+ETHERNET_BYTES = 22  # its header and two VLAN tags
+LARGEST_PACKET = 65535  # that IP can say of itself
+
+
+def stride_for(smallest: int, header_bytes: int) -> int:
+    """Bytes from one receive buffer to the next, when each must have room for `smallest` bytes, header included."""
+    needed = DEFAULT_HEADROOM - header_bytes + smallest
+    return max(BUFFER_STRIDE, -(-needed // STRIDE_ALIGNMENT) * STRIDE_ALIGNMENT)
+
+
+def largest_to_send(mtu: int, offloads: int) -> int:
+    """Bytes of the longest frame that a client may send."""
+    return ETHERNET_BYTES + (LARGEST_PACKET if offloads & TX_SEGMENTATION else mtu)
 
 
 class Settings:
-    """What can be chosen about a bridge. `rx_buffers`, `tx_buffers`: of 2 KiB each; `spin_us`: how long the pump polls
-    after the last frame before it sleeps, microseconds; `rx_read_only`: the client may only read received frames;
+    """What can be chosen about a bridge. `rx_buffers`, `tx_buffers`: of 2 KiB each (where received frames need larger
+    ones, so many fewer of them); `spin_us`: how long the pump polls at most after the last frame before it sleeps,
+    microseconds; `rx_read_only`: the client may only read received frames;
     `share`: frame memory may be given to a client at all, without which every client is turned away."""
 
     def __init__(
@@ -50,6 +67,11 @@ class Settings:
     def as_dict(self) -> dict[str, int]:
         """Plain data; `Settings(**data)` is the way back."""
         return dict(vars(self))
+
+    @property
+    def tx_headers(self) -> int:
+        """Slots for headers of sent frames: one for each buffer, and one for all frames that ask for nothing."""
+        return 1 + self.tx_buffers
 
     @property
     def dma_bytes(self) -> int:
@@ -81,6 +103,16 @@ class Session:
         self._net = net
         self._pump = ffi.NULL
         self._ledgers: dict[str, Any] = {}
+        rx_stride = stride_for(net.facts.smallest_rx_buffer, net.facts.header_bytes)
+        rx_buffers = settings.rx_buffers * BUFFER_STRIDE // rx_stride
+        if rx_buffers < LEAST_RX_BUFFERS:
+            needed = -(-LEAST_RX_BUFFERS * rx_stride // BUFFER_STRIDE)
+            raise DeviceError(
+                f"{net.name}: without MRG_RXBUF a frame of up to {net.facts.smallest_rx_buffer} bytes takes a receive "
+                f"buffer of its own, and there is memory for {rx_buffers} of them; use MRG_RXBUF, or give it "
+                f"{needed} receive buffers of {BUFFER_STRIDE} bytes or more"
+            )
+        tx_pieces = min(lib.NB_MOST_PIECES, settings.tx_buffers, *(pair.tx.size - 1 for pair in net.pairs))
         with ExitStack() as stack:
             self._rx = stack.enter_context(vfio.Memory.memfd(settings.rx_buffers * BUFFER_STRIDE, name="netbridge-rx"))
             self._tx = stack.enter_context(vfio.Memory.memfd(settings.tx_buffers * BUFFER_STRIDE, name="netbridge-tx"))
@@ -92,17 +124,23 @@ class Session:
                     number,
                     self._rx,
                     self._tx,
-                    rx_count=settings.rx_buffers,
+                    rx_count=rx_buffers,
                     tx_count=settings.tx_buffers,
                     stride=BUFFER_STRIDE,
-                    rx_limit=settings.rx_buffers - min(net.rx.size, settings.rx_buffers // 2),
+                    rx_stride=rx_stride,
+                    rx_limit=rx_buffers - min(sum(pair.rx.size for pair in net.pairs), rx_buffers // 2),
                     rx_read_only=settings.rx_read_only,
+                    tx_largest=largest_to_send(net.facts.mtu, net.offloads),
+                    tx_pieces=tx_pieces,
+                    offloads=net.offloads,
+                    queue_pairs=len(net.pairs),
                 )
             )
             self._stack = stack.pop_all()
 
-    def start_pump(self, counters: Any, control_fd: int, spin_us: int) -> None:
-        """Makes ledgers and pump, and fills the queues: everything before DRIVER_OK."""
+    def start_pump(self, counters: Any, client_counters: Any, control_fd: int, spin_us: int) -> None:
+        """Makes ledgers and pump, and fills the queues: everything before DRIVER_OK. `client_counters` is the client's
+        own row of `counters`."""
         net, geometry = self._net, self.port.geometry
         self._ledgers = {
             "rx": self._new_ledger(self._rx, self._rx_map, geometry.rx, lib.NB_REGION_RX),
@@ -110,22 +148,29 @@ class Session:
         }
         interrupts = net.interrupts
         config = ffi.new("struct nb_pump_config *")
-        config.rx_queue, config.tx_queue = net.rx.handle, net.tx.handle
+        for place, pair in zip(config.pairs, net.pairs, strict=False):
+            place.rx_queue, place.tx_queue = pair.rx.handle, pair.tx.handle
+            place.rx_irq_fd, place.tx_irq_fd = pair.rx.irq_fd, pair.tx.irq_fd
+        config.pair_count = len(net.pairs)
         config.rx_ledger, config.tx_ledger = self._ledgers["rx"], self._ledgers["tx"]
         self.port.place_rings(ffi, config)
-        config.tx_header_iova = net.tx_header_iova
+        config.tx_headers = ffi.cast("uint8_t *", net.tx_headers.address)
+        config.tx_headers_iova = net.tx_headers.iova
+        config.offloads = net.offloads
         config.net_header_bytes = net.facts.header_bytes
         config.rx_max_pieces = MAX_MERGED_BUFFERS if net.negotiation.has(features.MRG_RXBUF) else 1
         config.rx_client_limit = geometry.rx_limit
+        config.tx_max_pieces = geometry.tx_pieces
+        config.tx_largest_frame = geometry.tx_largest
         config.burst = BURST
         config.spin_ns = spin_us * 1000
-        config.rx_irq_fd, config.tx_irq_fd = net.rx.irq_fd, net.tx.irq_fd
         config.intx_fd, config.intx_unmask_fd = interrupts.intx_fd, interrupts.intx_unmask_fd
         config.isr_status = ffi.cast("volatile uint8_t *", net.isr_address)
         config.client_doorbell_fd = self.port.client_doorbell_fd
         config.driver_doorbell_fd = self.port.driver_doorbell_fd
         config.control_fd = control_fd
         config.counters = counters
+        config.client_counters = client_counters
         self._pump = lib.nb_pump_new(config)
         if self._pump == ffi.NULL:
             raise NetbridgeError(f"cannot make the pump: {os.strerror(ffi.errno)}")

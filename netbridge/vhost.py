@@ -77,7 +77,15 @@ def run(manifest: Manifest, options: Options, log: Log, warn: Callable[[str], No
         server = stack.enter_context(PortServer(port, options.service_uids, Facts(bytes(6)), refusal=refusal))
         memory = VhostMemory()
         transport = VhostUser(options.path, memory, mac=options.mac)
-        net = stack.enter_context(NetDevice(transport, VhostDma(memory), wanted=wanted, required=REQUIRED))
+        net = stack.enter_context(
+            NetDevice(
+                transport,
+                VhostDma(memory),
+                wanted=wanted,
+                required=REQUIRED,
+                tx_headers=options.settings.tx_headers,
+            )
+        )
         link = stack.enter_context(
             Link(transport, options.path, listen=options.listen, patience_seconds=options.patience_seconds, log=log)
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import weakref
 
 from netbridge.datapath._core import ffi
+from netbridge.ipc.offloads import HEADER_BYTES, VirtioNetHeader
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -17,13 +18,19 @@ if TYPE_CHECKING:
     from netbridge.client import Client
 
 
+_RELEASED = "this frame was released; its buffer may hold another frame by now"
+
+
 class Frame:
-    """A received frame, in one DMA buffer or (when it is longer than one holds) in several."""
+    """A received frame, in one DMA buffer or (when it is longer than one holds) in several. `queue`: the queue pair
+    that it came from."""
 
-    __slots__ = ("__weakref__", "_client", "_lent", "_pieces")
+    __slots__ = ("__weakref__", "_client", "_has_header", "_lent", "_pieces", "queue")
 
-    def __init__(self, client: Client, pieces: list[tuple[int, Any, int]]) -> None:
+    def __init__(self, client: Client, pieces: list[tuple[int, Any, int]], *, has_header: bool, queue: int) -> None:
         self._client: Client | None = client
+        self._has_header = has_header
+        self.queue = queue
         # (handle, pointer, length) of each piece.
         self._pieces = pieces
         self._lent: list[_Lent | None] = [None] * len(pieces)
@@ -41,8 +48,18 @@ class Frame:
     def pieces(self) -> tuple[memoryview, ...]:
         """The frame's bytes, one read-only view for each buffer it spans. Raises ValueError after release."""
         if self._client is None:
-            raise ValueError("this frame was released; its buffer may hold another frame by now")
+            raise ValueError(_RELEASED)
         return tuple(_view(self._lent, i, piece, writable=False) for i, piece in enumerate(self._pieces))
+
+    @property
+    def header(self) -> VirtioNetHeader | None:
+        """What the device says of the frame, as it says it: check before you rely on it. None when the session has no
+        offloads on the receive side. Raises ValueError after release."""
+        if self._client is None:
+            raise ValueError(_RELEASED)
+        if not self._has_header:
+            return None
+        return VirtioNetHeader.unpack(bytes(ffi.buffer(self._pieces[0][1] - HEADER_BYTES, HEADER_BYTES)))
 
     def __len__(self) -> int:
         return sum(length for _, _, length in self._pieces)
@@ -68,9 +85,9 @@ class Frame:
 
 
 class Buffer:
-    """A DMA buffer to write a frame into and send. `data` has room for the longest frame a buffer can hold."""
+    """A DMA buffer to write a frame, or a piece of one, into and send. `data` is all the room it has."""
 
-    __slots__ = ("__weakref__", "_client", "_lent", "_piece", "length")
+    __slots__ = ("__weakref__", "_client", "_lent", "_piece", "header", "length", "queue")
 
     def __init__(self, client: Client, piece: tuple[int, Any, int]) -> None:
         self._client: Client | None = client
@@ -78,6 +95,10 @@ class Buffer:
         self._lent: list[_Lent | None] = [None]
         self.length = 0
         """How many bytes of `data` are the frame: set it before sending."""
+        self.header: VirtioNetHeader | None = None
+        """Of a frame's first buffer: what the device is to do with the frame, as far as offloads were agreed on."""
+        self.queue = 0
+        """Of a frame's first buffer: the queue pair to send it on."""
 
     @property
     def room(self) -> int:
@@ -91,7 +112,7 @@ class Buffer:
         return _view(self._lent, 0, self._piece, writable=True)
 
     def write(self, frame: bytes | bytearray | memoryview) -> Buffer:
-        """Copies a whole frame in and sets `length`. Raises ValueError when it is too long."""
+        """Copies a whole frame, or a piece of one, in and sets `length`. Raises ValueError when it is too long."""
         size = len(frame)
         if size > self.room:
             raise ValueError(f"a frame of {size} bytes does not fit a buffer of {self.room}")

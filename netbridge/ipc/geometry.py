@@ -19,6 +19,7 @@ PAGE_BYTES = 4096
 # A handle has 24 bits for the buffer's index.
 MOST_BUFFERS = 1 << 24
 MOST_STRIDE = 1 << 20
+MOST_PIECES = 64
 MOST_REGION_BYTES = 1 << 40
 STRIDE_ALIGNMENT = 64
 # Room for the shortest frame there is on Ethernet (without its check sequence) must be in every buffer.
@@ -58,7 +59,8 @@ class RegionGeometry(NamedTuple):
 
 class Geometry(NamedTuple):
     """All of a session's memory. `rx_limit`: RX buffers that the client may hold at one time; further frames are
-    dropped until it gives some back."""
+    dropped until it gives some back. `tx_largest`: bytes of the longest frame that a client may send, in at most
+    `tx_pieces` buffers."""
 
     rings_size: int
     rx_active: RingGeometry
@@ -70,6 +72,8 @@ class Geometry(NamedTuple):
     headroom: int
     continuation_offset: int
     rx_limit: int
+    tx_largest: int
+    tx_pieces: int
 
     @property
     def rings(self) -> tuple[RingGeometry, RingGeometry, RingGeometry, RingGeometry]:
@@ -93,6 +97,17 @@ class Geometry(NamedTuple):
             raise BadGeometry("tx region is read-only: a client could not write the frames it sends")
         if not 1 <= self.rx_limit <= self.rx.buffers:
             raise BadGeometry(f"rx_limit {self.rx_limit} is not between 1 and the {self.rx.buffers} RX buffers")
+
+        if not 1 <= self.tx_pieces <= min(self.tx.buffers, MOST_PIECES):
+            raise BadGeometry(
+                f"tx_pieces {self.tx_pieces} is not between 1 and {min(self.tx.buffers, MOST_PIECES)}, "
+                f"with {self.tx.buffers} TX buffers"
+            )
+        room = self.tx.stride - self.headroom
+        if not room <= self.tx_largest <= room * self.tx_pieces:
+            raise BadGeometry(
+                f"tx_largest {self.tx_largest} is not between {room} and what {self.tx_pieces} buffers of {room} hold"
+            )
 
     def _check_ring(self, name: str, ring: RingGeometry) -> None:
         if ring.offset < 0 or ring.offset % RING_ALIGNMENT:
@@ -134,16 +149,19 @@ def plan_geometry(
     headroom: int = DEFAULT_HEADROOM,
     continuation_offset: int = DEFAULT_CONTINUATION_OFFSET,
     rx_limit: int | None = None,
+    tx_largest: int = 0,
+    tx_pieces: int = 1,
 ) -> Geometry:
     """Lays the rings out for these two regions: as many slots as there are buffers, rounded up to a power of two, so
     that putting an entry in cannot fail. `rx_limit`: three quarters of the RX buffers if not said, so that the device
-    always has some. Raises BadGeometry."""
+    always has some. `tx_largest`: at least what one buffer holds, at most what `tx_pieces` do. Raises BadGeometry."""
     offset = 0
     rings = []
     for buffers in (rx.buffers, rx.buffers, tx.buffers, tx.buffers):
         ring = RingGeometry(offset, _power_of_two_from(buffers))
         rings.append(ring)
         offset = _round_up(ring.end, RING_ALIGNMENT)
+    room = tx.stride - headroom
     geometry = Geometry(
         rings_size=_round_up(offset, PAGE_BYTES),
         rx_active=rings[0],
@@ -155,6 +173,8 @@ def plan_geometry(
         headroom=headroom,
         continuation_offset=continuation_offset,
         rx_limit=max(1, rx.buffers * 3 // 4) if rx_limit is None else rx_limit,
+        tx_largest=min(max(tx_largest, room), room * tx_pieces),
+        tx_pieces=tx_pieces,
     )
     geometry.check()
     return geometry

@@ -13,8 +13,11 @@ from netbridge.ipc._record import NamedTuple
 from netbridge.ipc.errors import BadMessage, Reason
 from netbridge.ipc.form import HEADER, MAGIC, VERSION, Kind, cut, message, must, printable
 from netbridge.ipc.geometry import Geometry, RegionGeometry, RingGeometry
+from netbridge.ipc.offloads import ALL_OFFLOADS
 
 LONGEST_MESSAGE = 1024
+# An entry has 8 bits for the queue pair's number.
+MOST_PAIRS = 256
 
 # What WELCOME brings along as SCM_RIGHTS, in this order.
 FD_NAMES = ("rings memfd", "rx memfd", "tx memfd", "client doorbell", "driver doorbell")
@@ -27,7 +30,7 @@ _HELLO = struct.Struct("<HHIQ32s")
 _FACTS = struct.Struct("<6sHII")
 _RING = struct.Struct("<QII")
 _REGION = struct.Struct("<QIIII")
-_WELCOME = struct.Struct("<HHIIIQQ")
+_WELCOME = struct.Struct("<HHIIIQQII")
 _BYE = struct.Struct("<II104s")
 
 _LINK_UP, _ANNOUNCE = 1, 2
@@ -72,7 +75,7 @@ class Facts(NamedTuple):
 
 
 class Hello(NamedTuple):
-    """Client to driver, first. `offloads`: a bit set of what the client could take (version 1 defines none)."""
+    """Client to driver, first. `offloads`: a bit set of what the client can take, `Offload` and bits unknown here."""
 
     name: str
     version_min: int = VERSION
@@ -98,24 +101,27 @@ class Hello(NamedTuple):
 
 class Welcome(NamedTuple):
     """Driver to client, with the file descriptors of `FD_NAMES`. `session` is part of every handle; `offloads` is what
-    both can."""
+    the session has, a subset of HELLO's; `queue_pairs` is how many of them the device has."""
 
     session: int
     facts: Facts
     geometry: Geometry
     offloads: int = 0
+    queue_pairs: int = 1
 
     def pack(self) -> bytes:
         geometry = self.geometry
         body = self.facts.pack()
         body += _WELCOME.pack(
             self.session,
-            0,
+            self.queue_pairs,
             geometry.headroom,
             geometry.continuation_offset,
             geometry.rx_limit,
             self.offloads,
             geometry.rings_size,
+            geometry.tx_largest,
+            geometry.tx_pieces,
         )
         for ring in geometry.rings:
             body += _RING.pack(ring.offset, ring.slots, 0)
@@ -127,9 +133,12 @@ class Welcome(NamedTuple):
     def _unpack(cls, body: bytes) -> Welcome:
         at = _FACTS.size
         facts = Facts.unpack(body[:at])
-        session, reserved, headroom, continuation, rx_limit, offloads, rings_size = _WELCOME.unpack_from(body, at)
+        session, pairs, headroom, continuation, rx_limit, offloads, rings_size, tx_largest, tx_pieces = (
+            _WELCOME.unpack_from(body, at)
+        )
         must(session != 0, "session number is 0")
-        must(reserved == 0, "reserved field is not zero")
+        must(1 <= pairs <= MOST_PAIRS, f"{pairs} queue pairs, not 1 to {MOST_PAIRS}")
+        must(not offloads & ~ALL_OFFLOADS, f"unknown offloads {offloads & ~ALL_OFFLOADS:#x}")
         at += _WELCOME.size
         rings = []
         for _ in range(4):
@@ -147,9 +156,10 @@ class Welcome(NamedTuple):
         rx_active, rx_free, tx_active, tx_done = rings
         rx, tx = regions
         geometry = Geometry(
-            rings_size, rx_active, rx_free, tx_active, tx_done, rx, tx, headroom, continuation, rx_limit
+            *(rings_size, rx_active, rx_free, tx_active, tx_done, rx, tx),
+            *(headroom, continuation, rx_limit, tx_largest, tx_pieces),
         )
-        return cls(session, facts, geometry, offloads)
+        return cls(session, facts, geometry, offloads, pairs)
 
 
 class Ready(NamedTuple):

@@ -28,12 +28,13 @@ from netbridge.ipc.deadline import Deadline
 from netbridge.ipc.errors import BadMessage, PortError, Reason
 from netbridge.ipc.listener import PortListener
 from netbridge.ipc.messages import LONGEST_MESSAGE, Bye, Facts, Hello, Link, Ready, Welcome, common_version, parse
+from netbridge.ipc.offloads import ALL_OFFLOADS
 from netbridge.ipc.requests import Answer, Filter, Mac, Verdict
 from netbridge.ipc.session import PortSession
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Callable, Collection
 
 HANDSHAKE_SECONDS = 2.0
 
@@ -54,6 +55,16 @@ class Peer(NamedTuple):
 
     def __str__(self) -> str:
         return f"client {self.name or '(no name yet)'} (pid {self.pid}, uid {self.uid})"
+
+
+class ClientWaits(NamedTuple):
+    """A client waits for another session than the one that was on offer: for one with the offloads that it can take.
+    The offer was withdrawn; make one for `PortServer.asked`."""
+
+    peer: Peer
+
+    def __str__(self) -> str:
+        return f"{self.peer} waits for a session with other offloads"
 
 
 class ClientReady(NamedTuple):
@@ -99,7 +110,7 @@ class ClientAsks(NamedTuple):
         return f"{self.peer} asks for {type(self.request).__name__.lower()}"
 
 
-Event = ClientReady | ClientGone | ClientRefused | ClientAsks
+Event = ClientWaits | ClientReady | ClientGone | ClientRefused | ClientAsks
 
 
 class _State(Enum):
@@ -117,6 +128,8 @@ class _Connection:
         self.peer = peer
         self.state = _State.AWAIT_HELLO
         self.session: int | None = None
+        # Of HELLO.
+        self.offloads = 0
         # Told, or to be told as soon as the socket takes it.
         self.unsent: Facts | None = None
         self.asked: int | None = None  # number of the request that was not answered yet
@@ -171,7 +184,8 @@ class PortServer:
 
     Put `fileno()` into an event loop; when it is readable call `handle()`. `offer()` a session before or after a client
     has come. `handshake_seconds` bounds how long a client may take for HELLO, and again for READY. `refusal`: every
-    client is turned away with NOT_SHARED and these words.
+    client is turned away with NOT_SHARED and these words. `agree`: which of the offloads that a client can take a
+    session for it would have, as bit sets; asked only while one is on offer.
 
     Raises PortInUse or PortUnavailable as PortListener does, OSError when the system gives no more fds.
     """
@@ -185,7 +199,9 @@ class PortServer:
         mode: int = 0o666,
         handshake_seconds: float = HANDSHAKE_SECONDS,
         refusal: str = "",
+        agree: Callable[[int], int] = lambda _asked: 0,
     ) -> None:
+        self.agree = agree
         self.allowed_uids = frozenset(allowed_uids)
         self.refusal = refusal
         self.handshake_seconds = handshake_seconds
@@ -218,19 +234,27 @@ class PortServer:
         return self._client.peer if self._client else None
 
     @property
+    def asked(self) -> int | None:
+        """The offloads that the client can take who waits for a session; None when nobody waits."""
+        waits = self._client is not None and self._client.state is _State.AWAIT_SESSION
+        return self._client.offloads if self._client is not None and waits else None
+
+    @property
     def running(self) -> bool:
         """Whether a client is READY, so that frames may flow."""
         return self._client is not None and self._client.state is _State.RUNNING
 
     def offer(self, session: PortSession) -> None:
-        """Gives `session` to the client that waits, or to the next that comes. It is welcomed to once and then spent:
+        """Gives `session` to the client that waits, or to the next that comes, if it has no offloads but those that the
+        client can take. It is welcomed to once and then spent:
         offer a new one after ClientGone with a session. The session stays the caller's to close, after the client is
         gone. Raises PortError while a client has a session."""
         if self._client is not None and self._client.session is not None:
             raise PortError(f"session {self._client.session} is still with {self._client.peer}; dismiss it first")
         self._offer = session
-        if self._client is not None and self._client.state is _State.AWAIT_SESSION:
-            self._welcome(self._client, session)
+        client = self._client
+        if client is not None and client.state is _State.AWAIT_SESSION and not session.offloads & ~client.offloads:
+            self._welcome(client, session)
 
     def withdraw(self) -> None:
         """Takes back an offer that nobody has used: clients wait until the next one."""
@@ -372,8 +396,12 @@ class PortServer:
             client.state = _State.AWAIT_SESSION
             # The driver's own time to get a session ready is not the client's fault.
             self._deadline.disarm()
-            if self._offer is not None:
-                self._welcome(client, self._offer)
+            client.offloads = message.offloads & ALL_OFFLOADS
+            offer, self._offer = self._offer, None
+            if offer is not None and offer.offloads == self.agree(client.offloads):
+                self._welcome(client, offer)
+            elif offer is not None:
+                events.append(ClientWaits(client.peer))
         elif isinstance(message, Ready) and client.state is _State.AWAIT_READY:
             assert client.session is not None
             client.state = _State.RUNNING
@@ -388,7 +416,7 @@ class PortServer:
             )
 
     def _welcome(self, client: _Connection, session: PortSession) -> None:
-        welcome = Welcome(session.number, self._facts, session.geometry)
+        welcome = Welcome(session.number, self._facts, session.geometry, session.offloads, session.queue_pairs)
         # Spent even if sending fails: whether the fds arrived cannot be known.
         self._offer = None
         client.session = session.number

@@ -56,23 +56,34 @@ class PortSession:
         rx_count: int,
         tx_count: int,
         stride: int,
+        rx_stride: int | None = None,
         headroom: int = DEFAULT_HEADROOM,
         continuation_offset: int = DEFAULT_CONTINUATION_OFFSET,
         rx_limit: int | None = None,
         rx_read_only: bool = False,
+        tx_largest: int = 0,
+        tx_pieces: int = 1,
+        offloads: int = 0,
+        queue_pairs: int = 1,
     ) -> None:
-        """`rx_limit` as for `plan_geometry`. `rx_read_only`: a client can only read received frames; for this the RX
-        memory must come unsealed, so that it can be sealed here in a way that leaves the mapping there is writable.
+        """`rx_stride`: of the RX buffers, where it is another than `stride`. `rx_limit`, `tx_largest`, `tx_pieces`: as
+        for `plan_geometry`. `offloads` (a bit set of `Offload`) and `queue_pairs` are what the device has for it.
+        `rx_read_only`: a client can only read received frames; for this the RX memory must come unsealed, so that it
+        can be sealed here in a way that leaves the mapping there is writable.
         Raises BadGeometry when the numbers or the memory's seals do not hold, OSError when the system gives no more."""
         if not 1 <= number <= LAST_SESSION:
             raise ValueError(f"session number {number} is not between 1 and {LAST_SESSION}")
         self.number = number
+        self.offloads = offloads
+        self.queue_pairs = queue_pairs
         self.geometry: Geometry = plan_geometry(
-            RegionGeometry(rx.size, rx_count, stride, rx_read_only),
+            RegionGeometry(rx.size, rx_count, rx_stride or stride, rx_read_only),
             RegionGeometry(tx.size, tx_count, stride),
             headroom=headroom,
             continuation_offset=continuation_offset,
             rx_limit=rx_limit,
+            tx_largest=tx_largest,
+            tx_pieces=tx_pieces,
         )
         seal(rx.fd, read_only=rx_read_only)
         seal(tx.fd)

@@ -21,6 +21,7 @@ HEADER_BYTES = 12  # struct virtio_net_hdr with num_buffers, as VERSION_1 always
 ETHERNET_HEADER_BYTES = 14
 DEFAULT_MTU = 1500
 SMALLEST_MTU = 68  # §5.1.4.1
+LONGEST_UNCUT = 65550  # a frame whose payload is a whole IP packet of 65,535 bytes, rounded up (§5.1.6.3.1)
 LARGEST_PAIRS = 0x8000  # §5.1.4.1
 LINK_UP, ANNOUNCE = 1, 2  # VIRTIO_NET_S_LINK_UP, VIRTIO_NET_S_ANNOUNCE
 LEAST_KEY, LEAST_TABLE = 40, 128  # of receive-side scaling (§5.1.4.1)
@@ -104,6 +105,8 @@ def read_facts(transport: Transport, agreed: Negotiation, local_mac: bytes) -> N
             f"{name}: its MAC address {mac.hex(':')} belongs to no single station; turn off MAC to have one made up"
         )
     frame = max(mtu, DEFAULT_MTU) + ETHERNET_HEADER_BYTES
+    if any(agreed.has(item) for item in features.RX_SEGMENTATION):
+        frame = max(frame, LONGEST_UNCUT)
     return NetFacts(
         mac=mac,
         mac_is_local="mac" not in values,

@@ -99,7 +99,17 @@ FEATURES: tuple[Feature, ...] = (
 _BY_NAME = {feature.name: feature for feature in FEATURES}
 _BY_BIT = {feature.bit: feature for feature in FEATURES}
 
-# What this driver implements, and so accepts wherever it is offered.
+# What frames may leave undone, agreed on as far as the client of a session can take it. Their bits are the port's too
+# (docs/port.md).
+OFFLOADS: tuple[Feature, ...] = tuple(
+    _BY_NAME[name]
+    for name in (
+        *("CSUM", "HOST_TSO4", "HOST_TSO6", "HOST_ECN", "HOST_USO"),
+        *("GUEST_CSUM", "GUEST_TSO4", "GUEST_TSO6", "GUEST_ECN", "GUEST_USO4", "GUEST_USO6"),
+    )
+)
+# What this driver implements, and so accepts wherever it is offered; the offloads if a
+# client asks for them.
 SUPPORTED: tuple[Feature, ...] = tuple(
     item
     for item in FEATURES
@@ -109,6 +119,7 @@ SUPPORTED: tuple[Feature, ...] = tuple(
         *("CTRL_VQ", "CTRL_RX", "CTRL_RX_EXTRA", "CTRL_VLAN", "CTRL_MAC_ADDR", "CTRL_GUEST_OFFLOADS"),
         *("GUEST_ANNOUNCE", "MQ", "RSS"),
         *("VERSION_1", "ACCESS_PLATFORM"),
+        *(offload.name for offload in OFFLOADS),
     }
 )
 # What it cannot work without: the modern layout, and a device whose DMA the IOMMU translates.
@@ -130,6 +141,12 @@ CTRL_GUEST_OFFLOADS = _BY_NAME["CTRL_GUEST_OFFLOADS"]
 GUEST_ANNOUNCE = _BY_NAME["GUEST_ANNOUNCE"]
 MQ = _BY_NAME["MQ"]
 RSS = _BY_NAME["RSS"]
+
+OFFLOAD_MASK = sum(item.mask for item in OFFLOADS)
+# With one of these a received frame can be as long as an IP packet.
+RX_SEGMENTATION: tuple[Feature, ...] = tuple(
+    _BY_NAME[name] for name in ("GUEST_TSO4", "GUEST_TSO6", "GUEST_USO4", "GUEST_USO6")
+)
 
 # How a device comes to lack a required feature, and what makes QEMU offer it.
 _WHY_MISSING = {

@@ -16,6 +16,7 @@ from __future__ import annotations
 import os
 from contextlib import ExitStack, contextmanager
 
+from netbridge.datapath._core import lib
 from netbridge.virtio import commands, control, features
 from netbridge.virtio.control import ControlQueue
 from netbridge.virtio.dma import DmaAllocator, Piece
@@ -55,8 +56,9 @@ class NetDevice:
     Takes over `transport`, also when it fails, and closes it in `close`; `memory` stays the caller's. `rx_size` and
     `tx_size` are the most entries to use of each queue, a power of two; the device may allow fewer. `most_pairs` is how
     many queue pairs to use if the device has as many. `wanted` comes from `features.select`; a device without those of
-    `required` is refused. `reset_deadline_s` and `control_deadline_s` are how long, in seconds, the device may take to
-    reset and to answer a command.
+    `required` is refused. `tx_headers` is how many headers of sent frames there is private memory for.
+    `reset_deadline_s` and `control_deadline_s` are how long, in seconds, the device may take to reset and to answer a
+    command.
 
     Whatever fails between `configure` and `start` sets FAILED, resets the device (or, when that fails too, cuts it off
     from memory), and leaves the state FAILED, from which `reset` and `configure` lead out.
@@ -73,6 +75,7 @@ class NetDevice:
         most_pairs: int = 1,
         wanted: Sequence[Feature] = features.SUPPORTED,
         required: Sequence[Feature] = features.REQUIRED,
+        tx_headers: int = 1,
         reset_deadline_s: float = RESET_DEADLINE_S,
         control_deadline_s: float = control.DEADLINE_S,
     ) -> None:
@@ -90,7 +93,8 @@ class NetDevice:
         self._negotiation: Negotiation | None = None
         self._facts: NetFacts | None = None
         self._pairs: tuple[QueuePair, ...] = ()
-        self._tx_header: Piece | None = None
+        self._tx_headers_bytes = tx_headers * lib.NB_TX_HEADER_STRIDE
+        self._tx_headers: Piece | None = None
         self._control: ControlQueue | None = None
         self._local_mac = made_up_mac()
         self._queues = QueueSet(transport, memory)
@@ -134,9 +138,20 @@ class NetDevice:
         return self.pairs[0].tx
 
     @property
-    def tx_header_iova(self) -> int:
-        """Where the device sees `facts.header_bytes` of zeroes, the header of a frame that asks for no offload."""
-        return self._from_configure(self._tx_header).iova
+    def tx_headers(self) -> Piece:
+        """Private memory for the headers of sent frames, zeroed by `configure`, from then on."""
+        return self._from_configure(self._tx_headers)
+
+    @property
+    def offloads(self) -> int:
+        """The agreed offloads as a bit mask, from `configure` on."""
+        return self.negotiation.agreed & features.OFFLOAD_MASK
+
+    def offloads_for(self, asked: int) -> int:
+        """What `configure` with these offloads would agree on, going by what the device offered last time."""
+        offered = self.negotiation.offered
+        outcome = features.negotiate(offered, self._wanted_with(asked), self._required, device=self.name)
+        return outcome.agreed & features.OFFLOAD_MASK
 
     @property
     def isr_address(self) -> int:
@@ -158,9 +173,10 @@ class NetDevice:
 
     # ---- Into service ---------------------------------------------------------------------------------------------
 
-    def configure(self) -> None:
+    def configure(self, offloads: int = 0) -> None:
         """Steps 1 to 7 of the initialisation sequence (§3.1.1), all but filling the queues with buffers.
 
+        `offloads` is a bit mask: of the offloads in `wanted` those that are asked for this time; others are left alone.
         Frees the queues of an earlier time. Raises a DeviceError, or vfio.VfioError where memory or interrupts are not
         to be had; WrongState while the device is in service.
         """
@@ -171,7 +187,7 @@ class NetDevice:
             self._set_status(Status.ACKNOWLEDGE)  # 2
             self._set_status(Status.DRIVER)  # 3
             self._move(State.ACKNOWLEDGED)
-            self._agree_on_features()  # 4
+            self._agree_on_features(offloads)  # 4
             self._set_status(Status.FEATURES_OK)  # 5
             self._require_features_ok()  # 6
             self._move(State.NEGOTIATED)
@@ -254,9 +270,12 @@ class NetDevice:
 
     # ---- The steps ------------------------------------------------------------------------------------------------
 
-    def _agree_on_features(self) -> None:
+    def _wanted_with(self, offloads: int) -> list[Feature]:
+        return [item for item in self._wanted if not item.mask & features.OFFLOAD_MASK & ~offloads]
+
+    def _agree_on_features(self, offloads: int) -> None:
         offered = self._transport.read_device_features()
-        self._negotiation = features.negotiate(offered, self._wanted, self._required, device=self.name)
+        self._negotiation = features.negotiate(offered, self._wanted_with(offloads), self._required, device=self.name)
         self._transport.write_driver_features(self._negotiation.agreed)
 
     def _require_features_ok(self) -> None:
@@ -283,7 +302,7 @@ class NetDevice:
             QueuePlan(number, self._sizes[number % 2], vector, self._wiring.fd_of(vector))
             for number, vector in enumerate(vectors)
         ]
-        extra = [self.facts.header_bytes]
+        extra = [self._tx_headers_bytes]
         has_control = agreed.has(features.CTRL_VQ)
         if has_control:
             steers = agreed.has(features.MQ) or agreed.has(features.RSS)
@@ -292,7 +311,7 @@ class NetDevice:
             vector = CONFIG_VECTOR if fds.mode is InterruptMode.MSIX else NO_VECTOR
             plans.append(QueuePlan(number, control.CONTROL_QUEUE_SIZE, vector, fds.config_fd))
             extra.append(ControlQueue.memory_bytes())
-        self._tx_header, *rest = self._queues.set_up(plans, extra)
+        self._tx_headers, *rest = self._queues.set_up(plans, extra)
         data = self._queues.queues[: len(vectors)]
         self._pairs = tuple(QueuePair(rx, tx) for rx, tx in zip(data[0::2], data[1::2], strict=True))
         if has_control:
@@ -375,7 +394,7 @@ class NetDevice:
         self._pairs = ()
         self._control = None
         self._queues.forget()
-        self._tx_header = None
+        self._tx_headers = None
         self._facts = None
         self._negotiation = None
 

@@ -59,6 +59,10 @@ class OfferedSession:
         tx_count: int = 4,
         rx_limit: int | None = None,
         rx_read_only: bool = False,
+        tx_largest: int = 0,
+        tx_pieces: int = 1,
+        offloads: int = 0,
+        queue_pairs: int = 1,
     ) -> None:
         self.rx = SealedMemory(rx_count * STRIDE, seals=0)
         self.tx = SealedMemory(max(4096, tx_count * STRIDE))
@@ -71,6 +75,10 @@ class OfferedSession:
             stride=STRIDE,
             rx_limit=rx_limit,
             rx_read_only=rx_read_only,
+            tx_largest=tx_largest,
+            tx_pieces=tx_pieces,
+            offloads=offloads,
+            queue_pairs=queue_pairs,
         )
 
     def close(self) -> None:
@@ -140,10 +148,10 @@ class FakeRing:
     def wake(self) -> int:
         return self.word(68)
 
-    def put(self, handle: int, length: int, kind: int, flags: int = 0) -> bool:
+    def put(self, handle: int, length: int, kind: int, flags: int = 0, queue: int = 0) -> bool:
         """Puts an entry in; True when the other side asked for a doorbell."""
         slot = self.position % self.slots
-        struct.pack_into("<QIHH", self.memory, self.offset + 128 + 16 * slot, handle, length, kind, flags)
+        struct.pack_into("<QIHBB", self.memory, self.offset + 128 + 16 * slot, handle, length, kind, flags, queue)
         self.position = (self.position + 1) % (1 << 32)
         self.set_word(0, self.position)
         asked = self.wake == 1
@@ -151,22 +159,22 @@ class FakeRing:
             self.set_word(68, 0)
         return asked
 
-    def take(self) -> tuple[int, int, int, int] | None:
-        """(handle, length, kind, flags) of the next entry, if there is one."""
+    def take(self) -> tuple[int, int, int, int, int] | None:
+        """(handle, length, kind, flags, queue) of the next entry, if there is one."""
         if self.produced == self.position:
             return None
         slot = self.position % self.slots
-        handle, length, kind, flags = struct.unpack_from("<QIHH", self.memory, self.offset + 128 + 16 * slot)
+        entry: tuple[int, int, int, int, int] = struct.unpack_from("<QIHBB", self.memory, self.offset + 128 + 16 * slot)
         self.position = (self.position + 1) % (1 << 32)
         self.set_word(64, self.position)
-        return handle, length, kind, flags
+        return entry
 
 
 class FakeRings:
     """The driver's end of a session's rings: a ledger of one lease for each buffer, and no device behind it."""
 
     RX_PACKET, TX_PACKET, TX_PACKET_ACK = 1, 2, 3
-    MORE, CONTINUATION = 1, 2
+    MORE, CONTINUATION, HEADER = 1, 2, 4
     RX_REGION, TX_REGION = 1, 2
 
     def __init__(self, offered: OfferedSession) -> None:
@@ -183,6 +191,8 @@ class FakeRings:
         self.driver_doorbell = session.driver_doorbell_fd
         self.free = list(range(geometry.rx.buffers))
         self.lease = 1
+        # Pieces of a frame whose end has not come yet.
+        self.sending: list[tuple[bytes, bytes, int]] = []
         for index in range(geometry.tx.buffers):
             self.acknowledge(index)
 
@@ -196,8 +206,11 @@ class FakeRings:
         if asked:
             os.eventfd_write(self.driver_doorbell, 1)
 
-    def deliver(self, frame: bytes, *, piece_bytes: int = STRIDE - HEADROOM) -> None:
-        """Hands a frame to the client, in as many buffers as pieces of `piece_bytes` need."""
+    def deliver(
+        self, frame: bytes, *, piece_bytes: int = STRIDE - HEADROOM, header: bytes = b"", queue: int = 0
+    ) -> None:
+        """Hands a frame to the client, in as many buffers as pieces of `piece_bytes` need, with the virtio header in
+        front if there is one."""
         pieces = [frame[at : at + piece_bytes] for at in range(0, len(frame), piece_bytes)]
         asked = False
         for number, piece in enumerate(pieces):
@@ -205,33 +218,46 @@ class FakeRings:
             at = index * STRIDE + (CONTINUATION_OFFSET if number else HEADROOM)
             self.rx[at : at + len(piece)] = piece
             flags = (self.CONTINUATION if number else 0) | (self.MORE if number + 1 < len(pieces) else 0)
-            asked |= self.rx_active.put(self.handle(self.RX_REGION, index), len(piece), self.RX_PACKET, flags)
+            if header and not number:
+                self.rx[at - len(header) : at] = header
+                flags |= self.HEADER
+            asked |= self.rx_active.put(self.handle(self.RX_REGION, index), len(piece), self.RX_PACKET, flags, queue)
         self.ring(asked)
 
     def take_back(self) -> list[int]:
         """Indices of the RX buffers that came back, each checked."""
         back = []
         while (entry := self.rx_free.take()) is not None:
-            handle, length, kind, flags = entry
+            handle, *rest = entry
             index = handle & 0xFFFFFF
             assert handle == self.handle(self.RX_REGION, index)
-            assert (length, kind, flags) == (0, self.RX_PACKET, 0)
+            assert rest == [0, self.RX_PACKET, 0, 0]
             assert index not in self.free
             self.free.append(index)
             back.append(index)
         return back
 
     def take_sent(self) -> list[bytes]:
-        """The frames that were sent, each acknowledged."""
+        """The frames that were sent, whole ones, each of their buffers acknowledged."""
+        return [frame for frame, _, _ in self.take_sent_with_headers()]
+
+    def take_sent_with_headers(self) -> list[tuple[bytes, bytes, int]]:
+        """The same with each frame's virtio header (empty: none) and its queue pair."""
         frames = []
         while (entry := self.tx_active.take()) is not None:
-            handle, length, kind, flags = entry
+            handle, length, kind, flags, queue = entry
             index = handle & 0xFFFFFF
             assert handle == self.handle(self.TX_REGION, index)
-            assert (kind, flags) == (self.TX_PACKET, 0)
+            assert kind == self.TX_PACKET
+            assert bool(flags & self.CONTINUATION) == bool(self.sending)
             at = index * STRIDE + HEADROOM
-            frames.append(self.tx[at : at + length])
+            header = self.tx[at - 12 : at] if flags & self.HEADER else b""
+            self.sending.append((self.tx[at : at + length], header, queue))
             self.acknowledge(index)
+            if not flags & self.MORE:
+                frames.append((b"".join(piece for piece, _, _ in self.sending), *self.sending[0][1:]))
+                assert not any(piece[1] for piece in self.sending[1:])
+                self.sending = []
         return frames
 
     def await_sent(self, count: int) -> list[bytes]:

@@ -47,7 +47,9 @@ any_region = st.builds(RegionGeometry, u64, u32, u32)
 
 @pytest.mark.thorough
 @unhurried
-@given(st.builds(Geometry, u64, any_ring, any_ring, any_ring, any_ring, any_region, any_region, u32, u32, u32))
+@given(
+    st.builds(Geometry, u64, any_ring, any_ring, any_ring, any_ring, any_region, any_region, u32, u32, u32, u32, u32)
+)
 def test_any_numbers_pass_or_are_refused(geometry: Geometry) -> None:
     try:
         geometry.check()

@@ -31,17 +31,18 @@ u64 = st.integers(0, (1 << 64) - 1)
 facts = st.builds(Facts, st.binary(min_size=6, max_size=6), st.integers(68, 65535), st.booleans(), u32)
 rings = st.builds(RingGeometry, u64, u32)
 regions = st.builds(RegionGeometry, u64, u32, u32, st.booleans())
-geometries = st.builds(Geometry, u64, rings, rings, rings, rings, regions, regions, u32, u32, u32)
+geometries = st.builds(Geometry, u64, rings, rings, rings, rings, regions, regions, u32, u32, u32, u32, u32)
+offloads = u64.map(lambda bits: bits & sum(1 << bit for bit in (0, 1, 7, 8, 9, 11, 12, 13, 54, 55, 56)))
 names = st.text("abcXYZ019._-", min_size=1, max_size=32)
 hellos = st.builds(
-    lambda name, versions, offloads: Hello(name, min(versions), max(versions), offloads),
+    lambda name, versions, bits: Hello(name, min(versions), max(versions), bits),
     names,
     st.tuples(st.integers(1, 65535), st.integers(1, 65535)),
     u64,
 )
 messages = st.one_of(
     hellos,
-    st.builds(Welcome, st.integers(1, 65535), facts, geometries, u64),
+    st.builds(Welcome, st.integers(1, 65535), facts, geometries, offloads, st.integers(1, 256)),
     st.just(Ready()),
     st.builds(Link, facts),
     st.builds(Bye, st.sampled_from(Reason), st.text("abc äß,.", max_size=40).map(str.strip)),
@@ -60,6 +61,8 @@ GEOMETRY = Geometry(
     headroom=64,
     continuation_offset=52,
     rx_limit=12,
+    tx_largest=9022,
+    tx_pieces=5,
 )
 
 
@@ -115,14 +118,14 @@ def test_hello_is_the_documented_bytes() -> None:
 
 
 def test_welcome_is_the_documented_bytes() -> None:
-    welcome = Welcome(0x1234, Facts(b"\x52\x54\0\x12\x34\x56", 9000, True, 25_000), GEOMETRY, offloads=0)
+    welcome = Welcome(0x1234, Facts(b"\x52\x54\0\x12\x34\x56", 9000, True, 25_000), GEOMETRY, 1 << 56 | 1, 4)
     body = struct.pack("<6sHII", b"\x52\x54\0\x12\x34\x56", 1, 9000, 25_000)
-    body += struct.pack("<HHIIIQQ", 0x1234, 0, 64, 52, 12, 0, 0x5000)
+    body += struct.pack("<HHIIIQQII", 0x1234, 4, 64, 52, 12, 1 << 56 | 1, 0x5000, 9022, 5)
     for offset, slots in ((0, 16), (0x200, 16), (0x400, 8), (0x600, 8)):
         body += struct.pack("<QII", offset, slots, 0)
     body += struct.pack("<QIIII", 0x8000, 16, 2048, 1, 0)
     body += struct.pack("<QIIII", 0x4000, 8, 2048, 0, 0)
-    assert welcome.pack() == header(2, 176) + body
+    assert welcome.pack() == header(2, 184) + body
 
 
 def test_the_short_messages_are_the_documented_bytes() -> None:
@@ -166,9 +169,17 @@ def test_unknown_flags_are_refused() -> None:
     with pytest.raises(BadMessage, match="unknown link flags"):
         parse(bytes(link))
     welcome = bytearray(Welcome(1, Facts(bytes(6)), GEOMETRY).pack())
-    welcome[16 + 16 + 32 + 4 * 16 + 16] |= 2
+    welcome[136 + 16] |= 2
     with pytest.raises(BadMessage, match="unknown region flags"):
         parse(bytes(welcome))
+    with pytest.raises(BadMessage, match=r"unknown offloads 0x4$"):
+        parse(Welcome(1, Facts(bytes(6)), GEOMETRY, offloads=5).pack())
+
+
+@pytest.mark.parametrize("pairs", [0, 257, 65535])
+def test_queue_pairs_that_no_entry_can_name(pairs: int) -> None:
+    with pytest.raises(BadMessage, match=f"{pairs} queue pairs"):
+        parse(Welcome(1, Facts(bytes(6)), GEOMETRY, queue_pairs=pairs).pack())
 
 
 def test_an_unknown_reason_reads_as_unspecified() -> None:

@@ -11,8 +11,30 @@
 enum nb_kind { NB_RX_PACKET = 1, NB_TX_PACKET = 2, NB_TX_PACKET_ACK = 3 };
 
 /* Flags of a ring entry. MORE: the frame goes on in the next entry. CONTINUATION: this buffer goes on with a frame that
- * began in an earlier entry; its bytes start at `continuation_offset` instead of `headroom`. */
-enum nb_entry_flag { NB_MORE = 1, NB_CONTINUATION = 2 };
+ * began in an earlier entry; of a received frame its bytes start at `continuation_offset` instead of `headroom`. HEADER: the
+ * NB_NET_HEADER_BYTES in front of the frame are its virtio_net_hdr; only in a frame's first entry, and only if the session
+ * has offloads in that direction. */
+enum nb_entry_flag { NB_MORE = 1, NB_CONTINUATION = 2, NB_HEADER = 4 };
+
+/* Bits of `offloads`: those of the virtio features of the same names (virtio 1.3 §5.1.3). */
+enum nb_offload {
+    NB_CSUM = 0,
+    NB_GUEST_CSUM = 1,
+    NB_GUEST_TSO4 = 7,
+    NB_GUEST_TSO6 = 8,
+    NB_GUEST_ECN = 9,
+    NB_HOST_TSO4 = 11,
+    NB_HOST_TSO6 = 12,
+    NB_HOST_ECN = 13,
+    NB_GUEST_USO4 = 54,
+    NB_GUEST_USO6 = 55,
+    NB_HOST_USO = 56
+};
+
+/* NET_HEADER_BYTES: of struct virtio_net_hdr with num_buffers (virtio 1.3 §5.1.6). TX_HEADER_STRIDE: from one slot for a
+ * sent frame's header to the next. MOST_PIECES: buffers of one frame, more than 64 KiB need. MOST_PAIRS: receive and transmit
+ * queues of one device. */
+enum { NB_NET_HEADER_BYTES = 12, NB_TX_HEADER_STRIDE = 16, NB_MOST_PIECES = 64, NB_MOST_PAIRS = 8 };
 
 /* Regions a DMA handle can name. */
 enum nb_region_id { NB_REGION_RX = 1, NB_REGION_TX = 2 };
@@ -22,7 +44,8 @@ struct nb_entry {
     uint64_t dma_handle; /* session:16 | lease:16 | region:8 | index:24, most significant first */
     uint32_t len;
     uint16_t kind;
-    uint16_t flags;
+    uint8_t flags;
+    uint8_t queue; /* the queue pair that a frame came from, or is to be sent on; 0 elsewhere */
 };
 
 /* The head of a ring; `slots` entries follow it. Each side writes only its own cache line. The counts run freely and
@@ -39,7 +62,7 @@ struct nb_ring_header {
     uint8_t pad1[48];
 };
 
-/* ---- Counters: one page that an outside process may map ------------------------------------------------------- */
+/* ---- Counters: pages that an outside process may read --------------------------------------------------------- */
 
 /* Why a frame did not go on. */
 enum nb_drop {
@@ -57,7 +80,11 @@ enum nb_refusal {
     NB_REFUSE_SESSION,   /* a handle of an earlier session */
     NB_REFUSE_LEASE,     /* a handle that was already given back */
     NB_REFUSE_OWNER,     /* a buffer that is not the client's at the moment */
-    NB_REFUSE_LENGTH,    /* a frame longer than its buffer, or shorter than an Ethernet header */
+    NB_REFUSE_LENGTH,    /* a piece that is empty or longer than its buffer; a frame shorter than an Ethernet header or
+                          * longer than was agreed */
+    NB_REFUSE_PIECES,    /* a continuation without a beginning, a beginning before the end, more pieces than were agreed */
+    NB_REFUSE_HEADER,    /* a virtio header that asks for what was not agreed, or does not fit its frame */
+    NB_REFUSE_QUEUE,     /* a queue pair that is not there, or another one than the frame began with */
     NB_REFUSALS
 };
 
@@ -82,6 +109,13 @@ struct nb_histogram {
     uint64_t buckets[160];
 };
 
+/* What one client, by the name of its HELLO, made of its sessions. A name of zeroes: not used. */
+struct nb_client_counters {
+    uint8_t name[32]; /* padded with zeroes */
+    uint64_t sessions;
+    uint64_t client_slow; /* frames dropped because it held as many RX buffers as it may */
+};
+
 /* One writer, the thread in the pump; readers take what they see. */
 struct nb_counters {
     uint64_t magic; /* "NBCOUNT1", little-endian */
@@ -91,7 +125,7 @@ struct nb_counters {
     uint64_t bytes_rx;
     uint64_t bytes_tx;
     uint64_t drops[2];
-    uint64_t refused_handles[8];
+    uint64_t refused_handles[11];
     uint64_t device_faults[4];
     uint64_t sessions;
     uint64_t resets;
@@ -105,6 +139,7 @@ struct nb_counters {
     uint64_t rx_bursts[12]; /* bursts that held 2^i to 2^(i+1)-1 frames */
     uint64_t tx_bursts[12];
     struct nb_histogram irq_latency_ns[3];
+    struct nb_client_counters clients[16]; /* the last is everybody's for whom there was no place */
 };
 
 /* ---- The driver's side ---------------------------------------------------------------------------------------- */
@@ -186,23 +221,36 @@ struct nb_ring_place {
     uint32_t slots;
 };
 
-struct nb_pump_config {
+/* receiveqN and transmitqN (virtio 1.3 §5.1.2), and the eventfds of their MSI-X vectors: -1 with INTx. Queues may share a
+ * vector. */
+struct nb_pump_pair {
     struct nb_virtqueue *rx_queue;
     struct nb_virtqueue *tx_queue;
+    int rx_irq_fd;
+    int tx_irq_fd;
+};
+
+struct nb_pump_config {
+    struct nb_pump_pair pairs[8];
+    uint32_t pair_count; /* 1 to NB_MOST_PAIRS */
     struct nb_ledger *rx_ledger;
     struct nb_ledger *tx_ledger;
     struct nb_ring_place rx_active;
     struct nb_ring_place rx_free;
     struct nb_ring_place tx_active;
     struct nb_ring_place tx_done;
-    uint64_t tx_header_iova; /* `net_header_bytes` of zeroes the device reads before every frame: no offload asked for */
-    uint32_t net_header_bytes;
-    uint32_t rx_max_pieces;   /* buffers one received frame may span; 1: MRG_RXBUF was not agreed */
-    uint32_t rx_client_limit; /* RX buffers the client may hold; beyond that frames are dropped */
-    uint32_t burst;           /* entries moved per direction and round */
-    uint32_t spin_ns;         /* poll this long after the last work before sleeping */
-    int rx_irq_fd;            /* eventfds of the queues' MSI-X vectors; with INTx both -1 */
-    int tx_irq_fd;
+    /* Headers of sent frames, in memory that no client sees: slots of NB_TX_HEADER_STRIDE bytes, zeroed. The first stays so,
+     * for every frame that asks for nothing; with offloads on the transmit side one more for each TX buffer. */
+    uint8_t *tx_headers;
+    uint64_t tx_headers_iova;
+    uint64_t offloads;         /* 1 << enum nb_offload: what device and client agreed on */
+    uint32_t net_header_bytes; /* in front of every frame, both ways */
+    uint32_t rx_max_pieces;    /* buffers one received frame may span; 1: MRG_RXBUF was not agreed */
+    uint32_t rx_client_limit;  /* RX buffers the client may hold; beyond that frames are dropped */
+    uint32_t tx_max_pieces;    /* buffers one sent frame may span; each queue must be longer by one */
+    uint32_t tx_largest_frame; /* bytes of the longest frame that may be sent, without the virtio header */
+    uint32_t burst;            /* chains of each queue, and entries of each ring, moved in a round */
+    uint32_t spin_ns;          /* poll at most this long after the last work before sleeping */
     int intx_fd;                  /* eventfd of INTx, or -1 */
     int intx_unmask_fd;           /* eventfd that VFIO unmasks INTx on, or -1 */
     volatile uint8_t *isr_status; /* ISR status register (virtio 1.3 §4.1.4.5), read once per INTx */
@@ -210,6 +258,7 @@ struct nb_pump_config {
     int driver_doorbell_fd;       /* eventfd: driver to client; one that no client can get at, or it could make it block */
     int control_fd;               /* epoll fd (or any fd) that returns to the caller when it becomes readable */
     struct nb_counters *counters;
+    struct nb_client_counters *client_counters; /* the client's own; NULL: none */
 };
 
 /* Why nb_pump_run came back. */
@@ -272,6 +321,10 @@ struct nb_client {
     uint32_t tx_stride;
     uint32_t headroom;
     uint32_t continuation_offset;
+    uint32_t tx_largest_frame;
+    uint32_t tx_max_pieces;
+    uint32_t queue_pairs;
+    uint64_t offloads;
     int client_doorbell_fd; /* rung by the client */
     int driver_doorbell_fd; /* rung by the driver: an epoll instance around the driver's eventfd, or an eventfd */
     struct nb_histogram *wakeups; /* doorbell rung to client awake; NULL: not wanted */
@@ -281,31 +334,39 @@ struct nb_client {
     uint32_t rx_free_put;
     uint32_t tx_active_put;
     uint32_t tx_done_taken;
+    uint32_t rx_unreceived; /* pieces that are to be received again: they were captured */
+    bool rx_frame_open;     /* the end of a received frame has not come yet */
     uint64_t doorbells_sent;
     uint64_t doorbells_suppressed;
 };
 
 /* A frame's piece as the client sees it: `data` points into DMA memory and is the client's until it gives `dma_handle`
- * back (RX) or sends it (TX). */
+ * back (RX) or sends it (TX). With NB_HEADER in `flags` the virtio header is the NB_NET_HEADER_BYTES in front of `data`. */
 struct nb_piece {
     uint64_t dma_handle;
     uint8_t *data;
     uint32_t len; /* RX: bytes of frame here; TX: room on allocation, bytes to send on sending */
-    uint16_t flags;
+    uint8_t flags;  /* enum nb_entry_flag; 0 on allocation */
+    uint8_t queue;  /* which pair a frame came from, or is to be sent on */
     uint16_t reserved;
 };
 
 /* 0, or -1 when the geometry does not hold together. */
 int nb_client_init(struct nb_client *client);
-/* Up to `most` received pieces; -1: the driver wrote what no driver may. */
+/* Up to `most` received pieces, in order: those of one frame in a row, all but the last with NB_MORE, all but the first with
+ * NB_CONTINUATION. -1: the driver wrote what no driver may. */
 int nb_client_receive(struct nb_client *client, struct nb_piece *pieces, uint32_t most);
+/* Undoes the reception of the last `count` pieces, back to the beginning of a frame, none of which was released: they will
+ * be received next. */
+void nb_client_unreceive(struct nb_client *client, uint32_t count);
 /* Gives RX buffers back. */
 void nb_client_release(struct nb_client *client, const struct nb_piece *pieces, uint32_t count);
 /* Up to `most` free TX buffers; -1 as above. */
 int nb_client_allocate(struct nb_client *client, struct nb_piece *pieces, uint32_t most);
 /* Undoes the last `count` allocations, none of which was sent: these buffers will be allocated next. */
 void nb_client_unallocate(struct nb_client *client, uint32_t count);
-/* Sends TX buffers: `len` and `flags` set by the caller. */
+/* Sends TX buffers: `len`, `flags` and `queue` set by the caller. A frame of several is sent in as many calls as it pleases;
+ * the device gets it after its last piece. */
 void nb_client_send(struct nb_client *client, const struct nb_piece *pieces, uint32_t count);
 /* Rings the driver's bell if it sleeps. Call once after a burst of release and send. */
 void nb_client_flush(struct nb_client *client);
@@ -319,7 +380,7 @@ struct nb_echo_counts {
     uint64_t frames;
     uint64_t bytes;
     uint64_t bursts;
-    uint64_t unsendable; /* frames of more than one buffer, not sent back */
+    uint64_t unsendable; /* frames longer than the session lets a client send */
 };
 /* The echo service's loop: every frame back to its sender with the MAC addresses exchanged, until `control_fd` becomes
  * readable (0) or the driver breaks the protocol (-1). */

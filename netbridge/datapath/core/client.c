@@ -10,6 +10,7 @@
 #include "capture.h"
 #include "core.h"
 #include "counting.h"
+#include "net_header.h"
 #include "port_ring.h"
 
 static bool region_is_valid(const uint8_t *base, uint32_t count, uint32_t stride, uint32_t headroom)
@@ -22,6 +23,9 @@ int nb_client_init(struct nb_client *client)
     bool valid = region_is_valid(client->rx_base, client->rx_count, client->rx_stride, client->headroom) &&
                  region_is_valid(client->tx_base, client->tx_count, client->tx_stride, client->headroom) &&
                  client->continuation_offset <= client->headroom &&
+                 (!client->offloads || client->headroom >= NB_NET_HEADER_BYTES) && client->queue_pairs != 0 &&
+                 client->tx_max_pieces != 0 &&
+                 client->tx_max_pieces <= client->tx_count && client->tx_max_pieces <= NB_MOST_PIECES && client->tx_largest_frame != 0 &&
                  ring_is_valid(&client->rx_active, client->rx_count) &&
                  ring_is_valid(&client->rx_free, client->rx_count) &&
                  ring_is_valid(&client->tx_active, client->tx_count) &&
@@ -30,6 +34,8 @@ int nb_client_init(struct nb_client *client)
     client->rx_free_put = 0;
     client->tx_active_put = 0;
     client->tx_done_taken = 0;
+    client->rx_unreceived = 0;
+    client->rx_frame_open = false;
     client->doorbells_sent = 0;
     client->doorbells_suppressed = 0;
     return valid ? 0 : -1;
@@ -47,6 +53,7 @@ static bool locate(const struct nb_entry *entry, uint8_t region, uint8_t *base, 
         .data = base + (uint64_t)index * stride + offset,
         .len = entry->len,
         .flags = entry->flags,
+        .queue = entry->queue,
     };
     return true;
 }
@@ -57,22 +64,42 @@ static int64_t takeable(const struct nb_ring_place *ring, uint32_t taken, uint32
     return waiting > most ? most : waiting;
 }
 
+/* Whether a frame's entries follow each other as they must. */
+static bool is_in_order(const struct nb_client *client, const struct nb_entry *entry)
+{
+    bool begins = !(entry->flags & NB_CONTINUATION);
+    uint8_t known = NB_MORE | NB_CONTINUATION | (begins && client->offloads & RX_OFFLOADS ? NB_HEADER : 0);
+    return begins != client->rx_frame_open && !(entry->flags & ~known) && entry->queue < client->queue_pairs;
+}
+
 int nb_client_receive(struct nb_client *client, struct nb_piece *pieces, uint32_t most)
 {
     int64_t count = takeable(&client->rx_active, client->rx_active_taken, most);
     for (int64_t i = 0; i < count; i++) {
         struct nb_entry entry = ring_take(&client->rx_active, &client->rx_active_taken);
         uint32_t offset = entry.flags & NB_CONTINUATION ? client->continuation_offset : client->headroom;
-        if (entry.kind != NB_RX_PACKET || !locate(&entry, NB_REGION_RX, client->rx_base, client->rx_count,
-                                                  client->rx_stride, offset, &pieces[i]))
+        if (entry.kind != NB_RX_PACKET || !is_in_order(client, &entry) ||
+            !locate(&entry, NB_REGION_RX, client->rx_base, client->rx_count, client->rx_stride, offset, &pieces[i]))
             return -1;
+        client->rx_frame_open = entry.flags & NB_MORE;
     }
     if (count > 0) {
         ring_consumed(&client->rx_active, client->rx_active_taken);
+        uint32_t again = client->rx_unreceived < count ? client->rx_unreceived : (uint32_t)count;
+        client->rx_unreceived -= again;
         if (client->capture)
-            capture_pieces(client->capture, CAPTURE_INBOUND, pieces, (uint32_t)count);
+            capture_pieces(client->capture, CAPTURE_INBOUND, pieces + again, (uint32_t)count - again);
     }
     return (int)count;
+}
+
+/* As for nb_client_unallocate. */
+void nb_client_unreceive(struct nb_client *client, uint32_t count)
+{
+    client->rx_active_taken -= count;
+    client->rx_unreceived += count;
+    client->rx_frame_open = false;
+    ring_consumed(&client->rx_active, client->rx_active_taken);
 }
 
 void nb_client_release(struct nb_client *client, const struct nb_piece *pieces, uint32_t count)
@@ -116,6 +143,7 @@ void nb_client_send(struct nb_client *client, const struct nb_piece *pieces, uin
                      .len = pieces[i].len,
                      .kind = NB_TX_PACKET,
                      .flags = pieces[i].flags,
+                     .queue = pieces[i].queue,
                  });
     ring_publish(&client->tx_active, client->tx_active_put);
 }

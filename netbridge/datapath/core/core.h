@@ -2,6 +2,7 @@
 #ifndef NB_CORE_H
 #define NB_CORE_H
 
+#include <stdbool.h>
 #include <stdint.h>
 
 #include "api.h"

@@ -9,6 +9,7 @@ _Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "virtio and the port a
 
 _Static_assert(sizeof(struct nb_entry) == 16, "a ring entry is 16 bytes");
 _Static_assert(offsetof(struct nb_entry, len) == 8 && offsetof(struct nb_entry, kind) == 12, "entry fields");
+_Static_assert(offsetof(struct nb_entry, flags) == 14 && offsetof(struct nb_entry, queue) == 15, "entry fields");
 
 _Static_assert(sizeof(struct nb_ring_header) == 128, "two cache lines, one for each side");
 _Static_assert(offsetof(struct nb_ring_header, doorbell_ns) == 8, "producer's line");
@@ -30,3 +31,4 @@ _Static_assert(NB_FAULTS == sizeof((struct nb_counters){0}.device_faults) / 8, "
 _Static_assert(NB_LATENCY_STAGES == sizeof((struct nb_counters){0}.irq_latency_ns) / sizeof(struct nb_histogram),
                "a histogram for every stage");
 _Static_assert(sizeof(struct nb_counters) <= 8192, "the counters fit two pages");
+_Static_assert(sizeof((struct nb_pump_config){0}.pairs) / sizeof(struct nb_pump_pair) == NB_MOST_PAIRS, "a place for every pair");

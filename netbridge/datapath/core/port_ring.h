@@ -60,7 +60,8 @@ static inline struct nb_entry ring_take(const struct nb_ring_place *ring, uint32
         .dma_handle = load_once_64(&slot->dma_handle),
         .len = load_once_32(&slot->len),
         .kind = load_once_16(&slot->kind),
-        .flags = load_once_16(&slot->flags),
+        .flags = load_once_8(&slot->flags),
+        .queue = load_once_8(&slot->queue),
     };
 }
 

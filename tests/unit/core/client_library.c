@@ -98,6 +98,12 @@ TEST(client_refuses_a_geometry_that_does_not_hold)
     REFUSE(client.headroom = STRIDE);
     REFUSE(client.headroom = 0xffffffff);
     REFUSE(client.continuation_offset = HEADROOM + 1);
+    REFUSE(client.queue_pairs = 0);
+    REFUSE(client.tx_largest_frame = 0);
+    REFUSE(client.tx_max_pieces = 0);
+    REFUSE(client.tx_max_pieces = 65);
+    REFUSE(client.tx_count = 10; client.tx_max_pieces = 11);
+    REFUSE(client.headroom = 8; client.continuation_offset = 0; client.offloads = 1);
     world_close(&world);
 }
 
@@ -154,7 +160,7 @@ TEST(echo_keeps_no_buffers_when_it_comes_back)
     world_close(&world);
 }
 
-/* Frames of several buffers are not sent back; they are counted once each, and every buffer is given back. */
+/* Frames of several buffers where a client may not send such: they are counted once each, and every buffer is given back. */
 TEST(echo_of_frames_that_it_cannot_send)
 {
     struct world world;
@@ -172,6 +178,66 @@ TEST(echo_of_frames_that_it_cannot_send)
     CHECK_EQ(nb_ledger_owned(world.rx_ledger, NB_OWNER_CLIENT), 0);
     CHECK_EQ(fake_available(&world.device.tx), 1);
     world_close(&world);
+}
+
+/* Frames of every number of buffers come back whole, although sent buffers hold less than received ones, and although there
+ * are too few of them for all the frames at once. */
+TEST(echo_of_frames_of_several_buffers)
+{
+    struct world world;
+    struct nb_echo_counts counts = {0};
+    world_open(&world, (struct world_config){.max_pieces = 34, .tx_max_pieces = 34, .tx_count = 36});
+    CHECK_EQ(eventfd_write(world.client_control_fd, 1), 0);
+    for (uint64_t i = 0; i < 200; i++) {
+        uint32_t len = (uint32_t)(SHORTEST + i * 331 % 65000);
+        deliver(&world, i, len);
+        deliver(&world, i + 1, 60);
+        world_pump_idle(&world);
+        for (uint64_t frame = i; frame < i + 2; frame++) {
+            CHECK_EQ(nb_client_echo(&world.client, world.client_control_fd, &counts), 0);
+            world_pump_idle(&world);
+            while (fake_available(&world.device.tx)) {
+                uint8_t bytes[65536];
+                uint32_t sent;
+                struct fake_chain chain;
+                CHECK(fake_collect(&world.device, &chain, bytes, &sent));
+                CHECK(sent == 60 ? frame_is(bytes, i + 1, 60, true) : frame_is(bytes, i, len, true) && sent == len);
+                fake_complete(&world.device, &chain);
+                world_pump_idle(&world);
+            }
+        }
+    }
+    CHECK_EQ(counts.frames, 400);
+    CHECK_EQ(counts.unsendable, 0);
+    CHECK_EQ(nb_ledger_owned(world.rx_ledger, NB_OWNER_CLIENT), 0);
+    CHECK_EQ(nb_ledger_owned(world.tx_ledger, NB_OWNER_CLIENT), 36);
+    world_close(&world);
+}
+
+TEST(client_refuses_frames_out_of_order)
+{
+    struct world world;
+    struct nb_piece pieces[4];
+    const uint8_t wrong[][2] = {{NB_CONTINUATION, 0}, {NB_MORE, 0}, {NB_MORE, NB_MORE}, {0, NB_CONTINUATION},
+                                {NB_MORE, NB_CONTINUATION | NB_HEADER}, {NB_HEADER, 0}, {8, 0}};
+    for (unsigned i = 0; i < sizeof(wrong) / sizeof(wrong[0]); i++) {
+        world_open(&world, (struct world_config){0});
+        for (uint32_t entry = 0; entry < 2; entry++) {
+            struct nb_entry forged = received(NB_REGION_RX, entry, 60);
+            forged.flags = wrong[i][entry];
+            forge_entry(&world, RX_ACTIVE, entry, forged);
+        }
+        forge_produced(&world, RX_ACTIVE, 2);
+        CHECK_EQ(nb_client_receive(&world.client, pieces, 4), -1);
+        world_close(&world);
+    }
+}
+
+TEST(client_refuses_a_queue_that_there_is_not)
+{
+    struct nb_entry entry = received(NB_REGION_RX, 0, 60);
+    entry.queue = 1;
+    expect_entry_refused(RX_ACTIVE, entry);
 }
 
 TEST(echo_says_when_the_driver_breaks_its_word)

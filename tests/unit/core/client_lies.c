@@ -19,7 +19,8 @@ struct lie {
     uint64_t add;
     uint32_t len;
     uint16_t kind;
-    uint16_t flags;
+    uint8_t flags;
+    uint8_t queue;
 };
 
 static void put_entry(struct world *world, enum world_ring ring, struct nb_entry entry)
@@ -40,7 +41,8 @@ static void refuse_return(struct lie lie, enum nb_refusal refusal)
     struct nb_piece good = receive_one(&world, 0, 60), bad = receive_one(&world, 1, 60);
     put_entry(&world, RX_FREE, (struct nb_entry){.dma_handle = good.dma_handle, .kind = NB_RX_PACKET});
     put_entry(&world, RX_FREE,
-              (struct nb_entry){.dma_handle = bad.dma_handle + lie.add, .len = lie.len, .kind = lie.kind, .flags = lie.flags});
+              (struct nb_entry){.dma_handle = bad.dma_handle + lie.add, .len = lie.len, .kind = lie.kind, .flags = lie.flags,
+                                .queue = lie.queue});
     world_expect_client_fault(&world, refusal);
     CHECK_EQ(nb_ledger_owned(world.rx_ledger, NB_OWNER_CLIENT), 1);
     world_close(&world);
@@ -55,7 +57,8 @@ static void refuse_frame(struct lie lie, enum nb_refusal refusal)
     send_one(&world, 0, 60);
     CHECK_EQ(nb_client_allocate(&world.client, &bad, 1), 1);
     put_entry(&world, TX_ACTIVE,
-              (struct nb_entry){.dma_handle = bad.dma_handle + lie.add, .len = lie.len, .kind = lie.kind, .flags = lie.flags});
+              (struct nb_entry){.dma_handle = bad.dma_handle + lie.add, .len = lie.len, .kind = lie.kind, .flags = lie.flags,
+                                .queue = lie.queue});
     world_expect_client_fault(&world, refusal);
     transmit_one(&world, 0, 60);
     CHECK_EQ(fake_available(&world.device.tx), 0);
@@ -99,7 +102,8 @@ TEST(returned_entry_of_the_wrong_kind)
 }
 TEST(returned_entry_with_flags)
 {
-    const uint16_t flags[] = {NB_MORE, NB_CONTINUATION, 4, 0x8000};
+    const uint8_t flags[] = {NB_MORE, NB_CONTINUATION, NB_HEADER, 0x80};
+    refuse_return(RETURNED(.queue = 1), NB_REFUSE_KIND);
     for (unsigned i = 0; i < sizeof(flags) / sizeof(flags[0]); i++)
         refuse_return(RETURNED(.flags = flags[i]), NB_REFUSE_KIND);
 }
@@ -123,9 +127,9 @@ TEST(sent_entry_of_the_wrong_kind)
     for (unsigned i = 0; i < sizeof(kinds) / sizeof(kinds[0]); i++)
         refuse_frame((struct lie){.len = 60, .kind = kinds[i]}, NB_REFUSE_KIND);
 }
-TEST(sent_entry_with_flags)
+TEST(sent_entry_with_flags_that_there_are_not)
 {
-    const uint16_t flags[] = {NB_MORE, NB_CONTINUATION, 4, 0x8000};
+    const uint8_t flags[] = {NB_HEADER, NB_MORE | NB_HEADER, 8, 0x80, 0xff}; /* no header without offloads */
     for (unsigned i = 0; i < sizeof(flags) / sizeof(flags[0]); i++)
         refuse_frame(SENT(.flags = flags[i]), NB_REFUSE_KIND);
 }

@@ -312,7 +312,8 @@ unsigned fake_deliver(struct fake_device *device, const uint8_t *frame, uint32_t
         fake_violated(device, "a frame of %u bytes does not fit a buffer", len);
         return 0;
     }
-    uint8_t header[16] = {0};
+    uint8_t header[16];
+    memcpy(header, device->header, sizeof(header));
     uint16_t claimed = claimed_buffers(device, pieces);
     header[HEADER_NUM_BUFFERS] = (uint8_t)claimed;
     header[HEADER_NUM_BUFFERS + 1] = (uint8_t)(claimed >> 8);
@@ -335,7 +336,8 @@ bool fake_collect(struct fake_device *device, struct fake_chain *chain, uint8_t 
             fake_violated(device, "descriptor %u of a frame to send is writable", segment->descriptor);
             return false;
         }
-        if (memcmp(segment->at, zeroes, skipped) != 0) {
+        memcpy(device->sent_header + device->header_bytes - skip, segment->at, skipped);
+        if (!device->takes_headers && memcmp(segment->at, zeroes, skipped) != 0) {
             fake_violated(device, "a frame's header asks for offloads");
             return false;
         }

@@ -30,7 +30,7 @@ struct fake_segment {
     bool writable;
 };
 
-enum { FAKE_MOST_SEGMENTS = 4, FAKE_MOST_WINDOWS = 8, FAKE_MOST_PIECES = 64 };
+enum { FAKE_MOST_SEGMENTS = 66, FAKE_MOST_WINDOWS = 8, FAKE_MOST_PIECES = 64 };
 
 /* A chain that the device has taken. */
 struct fake_chain {
@@ -102,6 +102,9 @@ struct fake_device {
     struct fake_queue rx;
     struct fake_queue tx;
     uint32_t header_bytes;
+    uint8_t header[16];      /* what stands in front of a frame it delivers, but for num_buffers */
+    bool takes_headers;      /* offloads were agreed: a frame's header may ask for something */
+    uint8_t sent_header[16]; /* of the frame last collected */
     bool merges; /* MRG_RXBUF was agreed */
     enum fake_lie lie;
     uint64_t interrupts_sent;

@@ -99,6 +99,14 @@ TEST(pump_of_an_impossible_configuration)
     REFUSE(config.net_header_bytes = HEADROOM + 1);
     REFUSE(config.rx_max_pieces = 2; config.net_header_bytes = 10); /* no num_buffers in it */
     REFUSE(config.rx_max_pieces = 2; config.net_header_bytes = 13); /* num_buffers at an odd address */
+    REFUSE(config.net_header_bytes = 17); /* more than a slot for it */
+    REFUSE(config.tx_max_pieces = 0);
+    REFUSE(config.tx_max_pieces = 64); /* and a header: more than the queue holds */
+    REFUSE(config.tx_largest_frame = ROOM - 1);
+    REFUSE(config.pair_count = 0);
+    REFUSE(config.pair_count = 2); /* and nothing in the second */
+    REFUSE(config.pair_count = 9);
+    REFUSE(config.offloads = 1 << NB_CSUM; config.tx_headers = NULL);
     REFUSE(config.intx_fd = world.control_fd); /* INTx, and no ISR status to read */
     world_close(&world);
 }
@@ -111,7 +119,7 @@ TEST(pump_with_a_tx_queue_of_one_descriptor)
     struct nb_virtqueue_config tx_config = world.tx_config;
     tx_config.size = 1;
     struct nb_virtqueue *queue = nb_virtqueue_new(&tx_config);
-    REFUSE(config.tx_queue = queue);
+    REFUSE(config.pairs[0].tx_queue = queue);
     nb_virtqueue_free(queue);
     world_close(&world);
 }

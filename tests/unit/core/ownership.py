@@ -20,7 +20,7 @@ STRIDE, HEADROOM, HEADER = 512, 64, 12
 ROOM = STRIDE - HEADROOM
 RX_IOVA, TX_IOVA, HEADER_IOVA = 0x4000_0000, 0x5000_0000, 0x6000_0000
 
-_ENTRY = struct.Struct("<QIHH")
+_ENTRY = struct.Struct("<QIHBB")
 _DESCRIPTOR = struct.Struct("<QIHH")
 _USED = struct.Struct("<II")
 
@@ -37,6 +37,7 @@ class Entry:
     length: int
     kind: int
     flags: int = 0
+    queue: int = 0
 
     @property
     def index(self) -> int:
@@ -65,7 +66,7 @@ class Ring:
 
     def put(self, entry: Entry) -> None:
         offset = 128 + 16 * (self.position % self.slots)
-        _ENTRY.pack_into(self.bytes, offset, entry.handle, entry.length, entry.kind, entry.flags)
+        _ENTRY.pack_into(self.bytes, offset, entry.handle, entry.length, entry.kind, entry.flags, entry.queue)
         self.position += 1
         self.announce(self.position)
 
@@ -154,13 +155,16 @@ class World:
         self.tx_ledger = self._ledger(self.tx_memory, TX_IOVA, tx_count, TX, session)
         self._fds = [os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) for _ in range(5)]
         config = ffi.new("struct nb_pump_config *")
-        config.rx_queue, config.tx_queue = self.rx_queue.core, self.tx_queue.core
+        pair = config.pairs[0]
+        config.pair_count = 1
+        pair.rx_queue, pair.tx_queue = self.rx_queue.core, self.tx_queue.core
         config.rx_ledger, config.tx_ledger = self.rx_ledger, self.tx_ledger
         for name in ("rx_active", "rx_free", "tx_active", "tx_done"):
             getattr(self, name).place(getattr(config, name))
-        config.tx_header_iova, config.net_header_bytes = HEADER_IOVA, HEADER
+        config.tx_headers_iova, config.net_header_bytes = HEADER_IOVA, HEADER
+        config.tx_max_pieces, config.tx_largest_frame = 1, ROOM
         config.rx_max_pieces, config.rx_client_limit, config.burst = 1, limit, burst
-        config.rx_irq_fd, config.tx_irq_fd, config.client_doorbell_fd, config.driver_doorbell_fd, self.control_fd = (
+        pair.rx_irq_fd, pair.tx_irq_fd, config.client_doorbell_fd, config.driver_doorbell_fd, self.control_fd = (
             self._fds
         )
         config.control_fd = self.control_fd

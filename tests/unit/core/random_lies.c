@@ -102,7 +102,8 @@ static void client_lie(struct world *world)
                                    one_in(4) ? odd_number() & 0xffffff : draw() % 70),
         .len = odd_number(),
         .kind = one_in(4) ? kinds[draw() % 5] : ring == RX_FREE ? NB_RX_PACKET : NB_TX_PACKET,
-        .flags = (uint16_t)(one_in(6) ? draw() : 0),
+        .flags = (uint8_t)(one_in(6) ? draw() : 0),
+        .queue = (uint8_t)(one_in(10) ? draw() : 0),
     };
     forge_entry(world, ring, (*put)++, entry);
     forge_produced(world, ring, one_in(10) ? odd_number() : *put);

@@ -2,6 +2,9 @@
 #include "jittered_barriers.h"
 
 #include "pump.c"
+#include "receive.c"
+#include "transmit.c"
+#include "wake.c"
 
 #include "white_box.h"
 
@@ -31,24 +34,26 @@ void white_box_start_at(struct nb_pump *pump, uint32_t ring_position, uint16_t q
     for (int i = 0; i < 4; i++)
         places[i]->header->produced = places[i]->header->consumed = ring_position;
     pump->rx_active_put = pump->rx_free_taken = pump->tx_active_taken = pump->tx_done_put = ring_position;
-    start_queue_at(pump->config.rx_queue, queue_index);
-    start_queue_at(pump->config.tx_queue, queue_index);
+    for (uint32_t i = 0; i < pump->config.pair_count; i++) {
+        start_queue_at(pump->pairs[i].rx_queue, queue_index);
+        start_queue_at(pump->pairs[i].tx_queue, queue_index);
+    }
 }
 
-bool white_box_ask_for_wakeup(struct nb_pump *pump) { return ask_for_wakeup(pump); }
-void white_box_stop_asking(struct nb_pump *pump) { stop_asking(pump); }
+bool white_box_ask_for_wakeup(struct nb_pump *pump) { return pump_ask_for_wakeup(pump); }
+void white_box_stop_asking(struct nb_pump *pump) { pump_stop_asking(pump); }
 
 bool white_box_hand_over_and_wake(struct nb_pump *pump, uint32_t produced)
 {
     uint64_t sent = pump->config.counters->wakeups_sent;
     ring_publish(&pump->config.rx_active, produced);
-    wake_client(pump);
+    pump_wake_client(pump);
     return pump->config.counters->wakeups_sent != sent;
 }
 
 bool white_box_publish(struct nb_pump *pump)
 {
-    struct nb_virtqueue *queue = pump->config.tx_queue;
+    struct nb_virtqueue *queue = pump->pairs[0].tx_queue;
     struct nb_segment segment = {.len = 1};
     uint16_t head = queue->free_head;
     virtqueue_add(queue, &segment, 1, 0, 0);
@@ -59,12 +64,12 @@ bool white_box_publish(struct nb_pump *pump)
 
 void white_box_add(struct nb_pump *pump, const struct nb_segment *segments, uint32_t count)
 {
-    virtqueue_add(pump->config.tx_queue, segments, count, 0, 0);
+    virtqueue_add(pump->pairs[0].tx_queue, segments, count, 0, 0);
 }
 
-void white_box_show(struct nb_pump *pump) { virtqueue_show(pump->config.tx_queue); }
+void white_box_show(struct nb_pump *pump) { virtqueue_show(pump->pairs[0].tx_queue); }
 
-uint32_t white_box_gathered(const struct nb_pump *pump) { return pump->pieces_gathered; }
+uint32_t white_box_gathered(const struct nb_pump *pump) { return pump->pairs[0].pieces_gathered; }
 
 static const char *audit_ledger(const struct nb_ledger *ledger)
 {
@@ -95,38 +100,52 @@ static const char *audit_ledger(const struct nb_ledger *ledger)
     return wrong;
 }
 
-/* `gathered`: buffers the device has completed that are still booked as its own. */
-static const char *audit_queue(const struct nb_virtqueue *queue, const struct nb_ledger *ledger, const uint32_t *gathered,
-                               uint32_t gathered_count)
+/* What the queues and the pump itself hold of a region's buffers. */
+struct holdings {
+    const struct nb_ledger *ledger;
+    bool *seen;
+    uint32_t count;
+};
+
+static const char *hold(struct holdings *holdings, uint32_t buffer)
 {
-    bool *seen = calloc(ledger->region.count, sizeof(*seen));
-    const char *wrong = seen ? NULL : "no memory for the audit";
+    if (buffer >= holdings->ledger->region.count)
+        return "a buffer that is none is held";
+    if (holdings->seen[buffer])
+        return "a buffer is held twice";
+    if (holdings->ledger->buffers[buffer].owner != NB_OWNER_DEVICE)
+        return "a buffer is held that is not booked as the device's";
+    holdings->seen[buffer] = true;
+    holdings->count++;
+    return NULL;
+}
+
+/* A frame to send, by its first piece. */
+static const char *hold_frame(struct holdings *holdings, const struct nb_pump *pump, uint32_t first)
+{
+    const char *wrong = NULL;
+    for (uint32_t buffer = first; buffer != NO_BUFFER && !wrong; buffer = pump->tx_pieces[buffer].next)
+        wrong = hold(holdings, buffer);
+    return wrong;
+}
+
+static const char *hold_queue(struct holdings *holdings, const struct nb_pump *pump, const struct nb_virtqueue *queue,
+                              bool sends)
+{
     uint32_t chains = 0, descriptors = 0;
-    for (uint32_t i = 0; i < gathered_count && !wrong; i++) {
-        if (seen[gathered[i]])
-            wrong = "a buffer was gathered twice";
-        seen[gathered[i]] = true;
-    }
+    const char *wrong = NULL;
     for (uint32_t i = 0; i < queue->size && !wrong; i++) {
         const struct nb_slot *slot = &queue->slots[i];
         if (slot->length == 0)
             continue;
         chains++;
         descriptors += slot->length;
-        if (slot->buffer >= ledger->region.count || ledger->buffers[slot->buffer].owner != NB_OWNER_DEVICE)
-            wrong = "a chain in flight carries a buffer that is not the device's";
-        else if (seen[slot->buffer])
-            wrong = "a buffer is in flight twice";
-        else
-            seen[slot->buffer] = true;
+        wrong = sends ? hold_frame(holdings, pump, slot->buffer) : hold(holdings, slot->buffer);
     }
-    free(seen);
     if (wrong)
         return wrong;
     if (chains != queue->chains_in_flight || chains != nb_virtqueue_in_flight(queue))
         return "the chains in flight are not as many as counted";
-    if (chains + gathered_count != ledger->owned[NB_OWNER_DEVICE])
-        return "the device owns buffers that are not in flight";
     if (descriptors + queue->free_count != queue->size)
         return "a descriptor was lost";
     uint32_t free_slots = queue->packed ? queue->size - chains : queue->free_count;
@@ -137,15 +156,45 @@ static const char *audit_queue(const struct nb_virtqueue *queue, const struct nb
     return NULL;
 }
 
+static const char *hold_pair(struct holdings *rx, struct holdings *tx, const struct nb_pump *pump,
+                             const struct pump_pair *pair)
+{
+    const char *wrong = hold_queue(rx, pump, pair->rx_queue, false);
+    if (!wrong)
+        wrong = hold_queue(tx, pump, pair->tx_queue, true);
+    for (uint32_t i = 0; i < pair->pieces_gathered && !wrong; i++)
+        wrong = hold(rx, pair->pieces[i].buffer);
+    uint32_t first = pair->backlog_first;
+    while (first != NO_BUFFER && !wrong) {
+        wrong = hold_frame(tx, pump, first);
+        first = pump->tx_pieces[first].following;
+    }
+    return wrong;
+}
+
+static const char *audit_holdings(const struct nb_pump *pump, struct holdings *rx, struct holdings *tx)
+{
+    const char *wrong = rx->seen && tx->seen ? NULL : "no memory for the audit";
+    for (uint32_t i = 0; i < pump->config.pair_count && !wrong; i++)
+        wrong = hold_pair(rx, tx, pump, &pump->pairs[i]);
+    if (!wrong && pump->gathered.pieces)
+        wrong = hold_frame(tx, pump, pump->gathered.first);
+    if (!wrong && (rx->count != rx->ledger->owned[NB_OWNER_DEVICE] || tx->count != tx->ledger->owned[NB_OWNER_DEVICE]))
+        wrong = "the device owns buffers that are in no queue";
+    return wrong;
+}
+
 const char *white_box_audit(const struct nb_pump *pump)
 {
-    uint32_t gathered[MAX_PIECES];
-    for (uint32_t i = 0; i < pump->pieces_gathered; i++)
-        gathered[i] = pump->pieces[i].buffer;
     const char *wrong = audit_ledger(pump->config.rx_ledger);
     if (!wrong)
         wrong = audit_ledger(pump->config.tx_ledger);
-    if (!wrong)
-        wrong = audit_queue(pump->config.rx_queue, pump->config.rx_ledger, gathered, pump->pieces_gathered);
-    return wrong ? wrong : audit_queue(pump->config.tx_queue, pump->config.tx_ledger, NULL, 0);
+    if (wrong)
+        return wrong;
+    struct holdings rx = {pump->config.rx_ledger, calloc(pump->config.rx_ledger->region.count, sizeof(bool)), 0};
+    struct holdings tx = {pump->config.tx_ledger, calloc(pump->config.tx_ledger->region.count, sizeof(bool)), 0};
+    wrong = audit_holdings(pump, &rx, &tx);
+    free(rx.seen);
+    free(tx.seen);
+    return wrong;
 }

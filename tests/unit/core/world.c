@@ -13,6 +13,7 @@
 
 #include "check.h"
 #include "jitter.h"
+#include "net_header.h"
 #include "white_box.h"
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -22,7 +23,7 @@
 #define ASAN_UNPOISON_MEMORY_REGION(address, size) ((void)(address), (void)(size))
 #endif
 
-enum { PAGE = 4096 };
+enum { PAGE = 4096, SHARED_WINDOWS = 3 /* RX and TX buffers, and headers: the first of a device's */ };
 
 /* Far apart, and nothing like a pointer of this process. */
 static const uint64_t RX_IOVA = 0x10000000, TX_IOVA = 0x20000000, HEADER_IOVA = 0x30000000, RX_QUEUE_IOVA = 0x7fff000000,
@@ -154,8 +155,11 @@ static void open_memory(struct world *world)
     CHECK_EQ(nb_virtqueue_layout(&world->rx_config, &world->rx_layout), 0);
     CHECK_EQ(nb_virtqueue_layout(&world->tx_config, &world->tx_layout), 0);
     world->rx = share_memory((uint64_t)config->rx_count * STRIDE, READ, READ_WRITE, READ);
-    world->tx = share_memory((uint64_t)config->tx_count * STRIDE, NOT_AT_ALL, READ, READ_WRITE);
-    world->header = share_memory(HEADER, NOT_AT_ALL, READ, NOT_AT_ALL);
+    /* What is in front of a frame is the driver's to read only if it may be a header. */
+    bool offers = config->offloads & TX_OFFLOADS;
+    world->tx = share_memory((uint64_t)config->tx_count * STRIDE, offers ? READ : NOT_AT_ALL, READ, READ_WRITE);
+    uint64_t headers = NB_TX_HEADER_STRIDE * (uint64_t)(offers ? 1 + config->tx_count : 1);
+    world->header = share_memory(headers, offers ? READ_WRITE : NOT_AT_ALL, READ, NOT_AT_ALL);
     world->rx_memory = share_memory(world->rx_layout.bytes, READ_WRITE, READ_WRITE, NOT_AT_ALL);
     world->tx_memory = share_memory(world->tx_layout.bytes, READ_WRITE, READ_WRITE, NOT_AT_ALL);
     world->rx_config.memory = world->rx_memory.driver;
@@ -168,8 +172,9 @@ static void open_memory(struct world *world)
     poison_headrooms(world->rx.driver, config->rx_count, HEADER);
     poison_headrooms(world->rx.device, config->rx_count, HEADER);
     poison_headrooms(world->rx.client, config->rx_count, HEADER);
+    poison_headrooms(world->tx.driver, config->tx_count, HEADER);
     poison_headrooms(world->tx.device, config->tx_count, 0);
-    poison_headrooms(world->tx.client, config->tx_count, 0);
+    poison_headrooms(world->tx.client, config->tx_count, offers ? HEADER : 0);
     poison_queue_gaps(world->rx_memory.driver, &world->rx_layout, config->rx_size, config->ring.packed);
     poison_queue_gaps(world->rx_memory.device, &world->rx_layout, config->rx_size, config->ring.packed);
     poison_queue_gaps(world->tx_memory.driver, &world->tx_layout, config->tx_size, config->ring.packed);
@@ -230,10 +235,11 @@ static struct nb_ring_place place_ring(const struct world *world, int ring, bool
     };
 }
 
-static void attach(struct world *world, struct fake_queue *queue, const struct nb_virtqueue_config *config,
-                   const struct nb_virtqueue_layout *layout, uint32_t *notify, int irq_fd)
+static void attach(struct world *world, struct fake_device *device, struct fake_queue *queue,
+                   const struct nb_virtqueue_config *config, const struct nb_virtqueue_layout *layout, uint32_t *notify,
+                   int irq_fd)
 {
-    fake_attach(&world->device, queue,
+    fake_attach(device, queue,
                 (struct fake_queue_place){
                     .descriptors = config->iova + layout->desc,
                     .driver_area = config->iova + layout->driver,
@@ -252,17 +258,19 @@ static void open_device(struct world *world)
     *device = (struct fake_device){
         .header_bytes = HEADER,
         .merges = world->config.max_pieces > 1,
+        .takes_headers = world->config.offloads & TX_OFFLOADS,
         .intx_fd = world->intx_fd,
         .unmask_fd = world->unmask_fd,
         .isr = &world->isr,
     };
     fake_window_add(device, (struct fake_window){RX_IOVA, world->rx.device, world->rx.bytes, STRIDE, true, true});
     fake_window_add(device, (struct fake_window){TX_IOVA, world->tx.device, world->tx.bytes, STRIDE, true, false});
-    fake_window_add(device, (struct fake_window){HEADER_IOVA, world->header.device, HEADER, 0, true, false});
+    fake_window_add(device, (struct fake_window){HEADER_IOVA, world->header.device, world->header.bytes,
+                                                 NB_TX_HEADER_STRIDE, true, false});
     fake_window_add(device, (struct fake_window){RX_QUEUE_IOVA, world->rx_memory.device, world->rx_memory.bytes, 0, true, true});
     fake_window_add(device, (struct fake_window){TX_QUEUE_IOVA, world->tx_memory.device, world->tx_memory.bytes, 0, true, true});
-    attach(world, &device->rx, &world->rx_config, &world->rx_layout, &world->rx_notify, world->rx_irq_fd);
-    attach(world, &device->tx, &world->tx_config, &world->tx_layout, &world->tx_notify, world->tx_irq_fd);
+    attach(world, device, &device->rx, &world->rx_config, &world->rx_layout, &world->rx_notify, world->rx_irq_fd);
+    attach(world, device, &device->tx, &world->tx_config, &world->tx_layout, &world->tx_notify, world->tx_irq_fd);
 }
 
 static struct nb_ledger *new_ledger(uint8_t *base, uint64_t iova, uint32_t count, uint8_t id)
@@ -278,6 +286,50 @@ static struct nb_ledger *new_ledger(uint8_t *base, uint64_t iova, uint32_t count
     return ledger;
 }
 
+/* Its queues are as long as the first pair's. It has one vector for both. */
+static void open_pair(struct world *world, struct world_pair *pair, uint32_t number)
+{
+    uint64_t rx_iova = RX_QUEUE_IOVA + ((uint64_t)number << 32), tx_iova = TX_QUEUE_IOVA + ((uint64_t)number << 32);
+    pair->irq_fd = new_eventfd();
+    pair->rx_memory = share_memory(world->rx_layout.bytes, READ_WRITE, READ_WRITE, NOT_AT_ALL);
+    pair->tx_memory = share_memory(world->tx_layout.bytes, READ_WRITE, READ_WRITE, NOT_AT_ALL);
+    pair->rx_config = world->rx_config;
+    pair->rx_config.index = (uint16_t)(2 * number);
+    pair->rx_config.memory = pair->rx_memory.driver;
+    pair->rx_config.iova = rx_iova;
+    pair->rx_config.notify = &pair->rx_notify;
+    pair->tx_config = world->tx_config;
+    pair->tx_config.index = (uint16_t)(2 * number + 1);
+    pair->tx_config.memory = pair->tx_memory.driver;
+    pair->tx_config.iova = tx_iova;
+    pair->tx_config.notify = &pair->tx_notify;
+    pair->rx_queue = nb_virtqueue_new(&pair->rx_config);
+    pair->tx_queue = nb_virtqueue_new(&pair->tx_config);
+    struct fake_device *device = &pair->device;
+    *device = (struct fake_device){.header_bytes = HEADER,
+                                   .merges = world->device.merges,
+                                   .takes_headers = world->device.takes_headers,
+                                   .intx_fd = -1,
+                                   .unmask_fd = -1};
+    /* The buffers are where they are for the first. */
+    for (unsigned i = 0; i < SHARED_WINDOWS; i++)
+        fake_window_add(device, world->device.windows[i]);
+    fake_window_add(device, (struct fake_window){rx_iova, pair->rx_memory.device, pair->rx_memory.bytes, 0, true, true});
+    fake_window_add(device, (struct fake_window){tx_iova, pair->tx_memory.device, pair->tx_memory.bytes, 0, true, true});
+    attach(world, device, &device->rx, &pair->rx_config, &world->rx_layout, &pair->rx_notify, pair->irq_fd);
+    attach(world, device, &device->tx, &pair->tx_config, &world->tx_layout, &pair->tx_notify, pair->irq_fd);
+}
+
+static void close_pair(struct world_pair *pair)
+{
+    nb_virtqueue_free(pair->rx_queue);
+    nb_virtqueue_free(pair->tx_queue);
+    fake_detach(&pair->device);
+    close(pair->irq_fd);
+    stop_sharing(&pair->rx_memory);
+    stop_sharing(&pair->tx_memory);
+}
+
 static void open_pump(struct world *world)
 {
     const struct world_config *config = &world->config;
@@ -286,22 +338,24 @@ static void open_pump(struct world *world)
     world->rx_ledger = new_ledger(world->rx.driver, RX_IOVA, config->rx_count, NB_REGION_RX);
     world->tx_ledger = new_ledger(world->tx.driver, TX_IOVA, config->tx_count, NB_REGION_TX);
     world->pump_config = (struct nb_pump_config){
-        .rx_queue = world->rx_queue,
-        .tx_queue = world->tx_queue,
+        .pairs = {{world->rx_queue, world->tx_queue, world->rx_irq_fd, world->tx_irq_fd}},
+        .pair_count = config->pairs,
         .rx_ledger = world->rx_ledger,
         .tx_ledger = world->tx_ledger,
         .rx_active = place_ring(world, RX_ACTIVE, false),
         .rx_free = place_ring(world, RX_FREE, false),
         .tx_active = place_ring(world, TX_ACTIVE, false),
         .tx_done = place_ring(world, TX_DONE, false),
-        .tx_header_iova = HEADER_IOVA,
+        .tx_headers = world->header.driver,
+        .tx_headers_iova = HEADER_IOVA,
+        .offloads = config->offloads,
         .net_header_bytes = HEADER,
         .rx_max_pieces = config->max_pieces,
         .rx_client_limit = config->client_limit,
         .burst = config->burst,
         .spin_ns = config->spin_ns,
-        .rx_irq_fd = world->rx_irq_fd,
-        .tx_irq_fd = world->tx_irq_fd,
+        .tx_max_pieces = config->tx_max_pieces,
+        .tx_largest_frame = config->tx_largest_frame,
         .intx_fd = world->intx_fd,
         .intx_unmask_fd = world->unmask_fd,
         .isr_status = config->intx ? &world->isr : NULL,
@@ -310,6 +364,11 @@ static void open_pump(struct world *world)
         .control_fd = world->control_fd,
         .counters = &world->counters,
     };
+    for (uint32_t i = 1; i < config->pairs; i++) {
+        struct world_pair *pair = &world->more[i - 1];
+        open_pair(world, pair, i);
+        world->pump_config.pairs[i] = (struct nb_pump_pair){pair->rx_queue, pair->tx_queue, pair->irq_fd, pair->irq_fd};
+    }
     world->pump = nb_pump_new(&world->pump_config);
     CHECK(world->pump != NULL);
     white_box_start_at(world->pump, config->ring_position, config->queue_index);
@@ -331,6 +390,10 @@ static void open_client(struct world *world)
         .tx_stride = STRIDE,
         .headroom = HEADROOM,
         .continuation_offset = HEADROOM - HEADER,
+        .tx_largest_frame = world->config.tx_largest_frame,
+        .tx_max_pieces = world->config.tx_max_pieces,
+        .queue_pairs = world->config.pairs,
+        .offloads = world->config.offloads,
         .client_doorbell_fd = world->client_doorbell_fd,
         .driver_doorbell_fd = world->client_end_of_doorbell_fd,
     };
@@ -357,6 +420,9 @@ void world_open(struct world *world, struct world_config config)
     config.rx_count = or_default(config.rx_count, 128);
     config.tx_count = or_default(config.tx_count, 64);
     config.max_pieces = or_default(config.max_pieces, 1);
+    config.tx_max_pieces = or_default(config.tx_max_pieces, 1);
+    config.tx_largest_frame = or_default(config.tx_largest_frame, config.tx_max_pieces * ROOM);
+    config.pairs = or_default(config.pairs, 1);
     config.client_limit = or_default(config.client_limit, config.rx_count);
     config.burst = or_default(config.burst, 64);
     *world = (struct world){.config = config};
@@ -372,6 +438,9 @@ void world_close(struct world *world)
 {
     if (world->device.violation[0])
         FAIL("the device saw: %s", world->device.violation);
+    for (uint32_t i = 1; i < world->config.pairs; i++)
+        if (world->more[i - 1].device.violation[0])
+            FAIL("the device of pair %u saw: %s", i, world->more[i - 1].device.violation);
     world_check_books(world);
     world_discard(world);
 }
@@ -383,6 +452,8 @@ void world_discard(struct world *world)
     nb_ledger_free(world->tx_ledger);
     nb_virtqueue_free(world->rx_queue);
     nb_virtqueue_free(world->tx_queue);
+    for (uint32_t i = 1; i < world->config.pairs; i++)
+        close_pair(&world->more[i - 1]);
     fake_detach(&world->device);
     close_fds(world);
     struct shared *all[] = {&world->rx,        &world->tx,        &world->header,   &world->rings[0], &world->rings[1],

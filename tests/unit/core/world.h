@@ -25,6 +25,10 @@ struct world_config {
     uint32_t rx_count;        /* buffers [128] */
     uint32_t tx_count;        /* [64] */
     uint32_t max_pieces;      /* [1] */
+    uint32_t tx_max_pieces;   /* [1] */
+    uint32_t tx_largest_frame; /* [as much as the pieces hold] */
+    uint64_t offloads;        /* [none] */
+    uint32_t pairs;           /* [1] */
     uint32_t client_limit;    /* [rx_count] */
     uint32_t burst;           /* [64] */
     uint32_t spin_ns;         /* [0] */
@@ -46,6 +50,16 @@ struct shared {
     uint64_t bytes;
 };
 
+/* A queue pair beyond the first: the memory of its queues, and a fake device that serves them and no others. */
+struct world_pair {
+    struct nb_virtqueue_config rx_config, tx_config;
+    struct shared rx_memory, tx_memory;
+    struct nb_virtqueue *rx_queue, *tx_queue;
+    uint32_t rx_notify, tx_notify;
+    int irq_fd; /* of both */
+    struct fake_device device;
+};
+
 struct world {
     struct world_config config;
     struct nb_counters counters;
@@ -61,6 +75,7 @@ struct world {
     struct nb_pump_config pump_config;
     struct nb_pump *pump;
     struct fake_device device;
+    struct world_pair more[NB_MOST_PAIRS - 1];
     struct nb_client client;
     /* the pump's thread */
     pthread_t pump_thread;

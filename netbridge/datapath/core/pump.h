@@ -1,0 +1,116 @@
+/* The pump's inside, shared by the files it is made of:
+ *
+ *     receive.c   device to client, and the buffers back
+ *     transmit.c  client to device, and the buffers back
+ *     wake.c      going to sleep, being woken, waking others
+ *     pump.c      the rounds of these, making and freeing
+ *
+ * Every function that moves something returns how much it moved, or a negative verdict: see CLIENT_FAULT and DEVICE_FAULT.
+ */
+#ifndef NB_PUMP_H
+#define NB_PUMP_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "core.h"
+#include "ledger.h"
+#include "net_header.h"
+#include "polling.h"
+#include "port_ring.h"
+#include "virtqueue.h"
+
+enum { ETHERNET_HEADER = 14, NO_BUFFER = UINT32_MAX };
+
+/* A negative verdict carries what happened: the enum nb_refusal or enum nb_device_fault is recovered from it. */
+enum { CLIENT_FAULT = -1000, DEVICE_FAULT = -2000 };
+static inline int client_fault(int refusal) { return CLIENT_FAULT - refusal; }
+static inline int device_fault(int fault) { return DEVICE_FAULT - fault; }
+
+/* A buffer of a received frame. */
+struct rx_piece {
+    uint32_t buffer;
+    uint32_t bytes;
+};
+
+/* What is known of a TX buffer that the client has sent, until it is acknowledged. Private, indexed by buffer. */
+struct tx_piece {
+    uint32_t next;  /* the frame's next piece; NO_BUFFER: this is its last */
+    uint32_t bytes; /* in this piece */
+    /* Of a frame's first piece: */
+    uint32_t following; /* in a backlog: first piece of the frame behind it, or NO_BUFFER */
+    uint16_t pieces;
+    bool has_header;
+};
+
+/* A frame whose last piece has not come yet, or has just come. No pieces: there is none. */
+struct tx_frame {
+    uint32_t first;
+    uint32_t last;
+    uint32_t pieces;
+    uint32_t bytes;
+    uint8_t queue;
+    bool has_header;
+};
+
+struct pump_pair {
+    struct nb_virtqueue *rx_queue;
+    struct nb_virtqueue *tx_queue;
+    struct rx_piece pieces[NB_MOST_PIECES]; /* of the frame being gathered */
+    uint32_t pieces_gathered;
+    uint32_t pieces_expected; /* 0: between frames */
+    /* Frames that the queue has no room for, in order: linked by `following`. Nothing more is taken for this pair as long
+     * as there are some, unless it comes behind what is for another. */
+    uint32_t backlog_first;
+    uint32_t backlog_last;
+};
+
+struct nb_pump {
+    struct nb_pump_config config;
+    int epoll_fd;
+    uint32_t rx_active_put;
+    uint32_t rx_free_taken;
+    uint32_t tx_active_taken;
+    uint32_t tx_done_put;
+    uint32_t turn;       /* which pair goes first; moves on with every round */
+    uint32_t rx_share;   /* chains a pair's RX queue may hold, so that there are buffers for the others too */
+    uint8_t rx_flags;    /* of a received frame's first entry: NB_HEADER if the session has offloads there */
+    bool tx_has_offloads;
+    uint64_t doorbell_ns; /* when the client's bell was last rung; 0: its wake-up was accounted for */
+    struct polling polling;
+    struct tx_frame gathered; /* the frame that the client is sending */
+    struct tx_piece *tx_pieces;
+    struct pump_pair pairs[NB_MOST_PAIRS];
+};
+
+static inline struct pump_pair *pair_in_turn(struct nb_pump *pump, uint32_t i)
+{
+    uint32_t number = pump->turn + i;
+    return &pump->pairs[number < pump->config.pair_count ? number : number - pump->config.pair_count];
+}
+
+/* Publishes what was added to a queue, and tells the device if it wants to be told. */
+void pump_notify(struct nb_pump *pump, struct nb_virtqueue *queue);
+
+/* receive.c */
+int pump_receive(struct nb_pump *pump, struct pump_pair *pair);
+int pump_take_back(struct nb_pump *pump);
+void pump_post_free_buffers(struct nb_pump *pump);
+/* Whether the device soon has no buffer for a frame, so that those that come back cannot wait. */
+bool pump_device_starves(const struct nb_pump *pump);
+
+/* transmit.c */
+int pump_transmit(struct nb_pump *pump);
+int pump_complete(struct nb_pump *pump, struct pump_pair *pair);
+void pump_acknowledge(struct nb_pump *pump, uint32_t buffer);
+/* Whether there is a queue for whatever the client sends next, as far as can be known before it is looked at. */
+bool pump_can_transmit(const struct nb_pump *pump);
+
+/* wake.c */
+int pump_watch_fds(struct nb_pump *pump);
+void pump_wake_client(struct nb_pump *pump);
+void pump_stop_asking(struct nb_pump *pump);
+bool pump_ask_for_wakeup(struct nb_pump *pump);
+int pump_look_at_fds(struct nb_pump *pump, int timeout_ms);
+
+#endif

@@ -1,0 +1,267 @@
+/* Transmit: client to device, and the buffers back to the client when the device is done with them.
+ *
+ * A frame's pieces are gathered until the last of them is there, each checked as it comes; until then they wait for nobody.
+ * A frame that is whole goes to its queue, or waits behind its queue's backlog. Most frames are one piece without a header,
+ * and go straight through.
+ */
+#include "pump.h"
+
+#include <string.h>
+
+#include "counting.h"
+
+/* ---- To the device -------------------------------------------------------------------------------------------- */
+
+static uint64_t header_iova(const struct nb_pump *pump, uint32_t first)
+{
+    uint32_t slot = pump->tx_pieces[first].has_header ? 1 + first : 0;
+    return pump->config.tx_headers_iova + (uint64_t)slot * NB_TX_HEADER_STRIDE;
+}
+
+static struct net_header *header_of(const struct nb_pump *pump, uint32_t first)
+{
+    return (struct net_header *)(void *)(pump->config.tx_headers + (uint64_t)(1 + first) * NB_TX_HEADER_STRIDE);
+}
+
+static bool has_room_for(const struct pump_pair *pair, uint32_t pieces)
+{
+    return virtqueue_has_room(pair->tx_queue, 1 + pieces);
+}
+
+static void add_frame(struct nb_pump *pump, struct pump_pair *pair, uint32_t first)
+{
+    const struct nb_ledger *ledger = pump->config.tx_ledger;
+    struct nb_segment segments[1 + NB_MOST_PIECES];
+    uint32_t count = 0;
+    segments[count++] = (struct nb_segment){header_iova(pump, first), pump->config.net_header_bytes};
+    for (uint32_t buffer = first; buffer != NO_BUFFER; buffer = pump->tx_pieces[buffer].next)
+        segments[count++] = (struct nb_segment){ledger_iova(ledger, buffer) + ledger->region.headroom,
+                                                pump->tx_pieces[buffer].bytes};
+    virtqueue_add(pair->tx_queue, segments, count, 0, first);
+}
+
+static uint32_t drain_backlog(struct nb_pump *pump, struct pump_pair *pair)
+{
+    uint32_t sent = 0;
+    while (pair->backlog_first != NO_BUFFER) {
+        uint32_t first = pair->backlog_first;
+        if (!has_room_for(pair, pump->tx_pieces[first].pieces))
+            break;
+        pair->backlog_first = pump->tx_pieces[first].following;
+        add_frame(pump, pair, first);
+        sent++;
+    }
+    return sent;
+}
+
+static void put_in_backlog(struct nb_pump *pump, struct pump_pair *pair, uint32_t first)
+{
+    pump->tx_pieces[first].following = NO_BUFFER;
+    if (pair->backlog_first == NO_BUFFER)
+        pair->backlog_first = first;
+    else
+        pump->tx_pieces[pair->backlog_last].following = first;
+    pair->backlog_last = first;
+}
+
+bool pump_can_transmit(const struct nb_pump *pump)
+{
+    for (uint32_t i = 0; i < pump->config.pair_count; i++)
+        if (pump->pairs[i].backlog_first == NO_BUFFER && has_room_for(&pump->pairs[i], 1))
+            return true;
+    return false;
+}
+
+/* ---- From the client ------------------------------------------------------------------------------------------ */
+
+/* What is wrong with an entry by itself: 0, or a verdict. */
+static int check_entry(const struct nb_pump *pump, const struct nb_entry *entry, int64_t buffer)
+{
+    uint8_t known = NB_MORE | NB_CONTINUATION | (pump->tx_has_offloads ? NB_HEADER : 0);
+    if (entry->kind != NB_TX_PACKET || entry->flags & ~known)
+        return client_fault(NB_REFUSE_KIND);
+    if (buffer < 0)
+        return client_fault((int)(-1 - buffer));
+    if (entry->queue >= pump->config.pair_count)
+        return client_fault(NB_REFUSE_QUEUE);
+    if (entry->len == 0 || entry->len > ledger_room(pump->config.tx_ledger))
+        return client_fault(NB_REFUSE_LENGTH);
+    return 0;
+}
+
+/* Copied once, here; checked when the frame is whole. */
+static void take_header(struct nb_pump *pump, uint32_t first)
+{
+    const struct nb_ledger *ledger = pump->config.tx_ledger;
+    const uint8_t *from = ledger_address(ledger, first) + ledger->region.headroom - NB_NET_HEADER_BYTES;
+    uint8_t *to = (uint8_t *)header_of(pump, first);
+    for (uint32_t at = 0; at < NB_NET_HEADER_BYTES; at += sizeof(uint32_t)) {
+        uint32_t word = load_once_32((const uint32_t *)(const void *)(from + at));
+        memcpy(to + at, &word, sizeof(word));
+    }
+}
+
+static int begin_frame(struct nb_pump *pump, const struct nb_entry *entry, uint32_t buffer)
+{
+    if (pump->gathered.pieces != 0)
+        return client_fault(NB_REFUSE_PIECES);
+    pump->gathered = (struct tx_frame){
+        .first = buffer,
+        .last = buffer,
+        .pieces = 1,
+        .bytes = entry->len,
+        .queue = entry->queue,
+        .has_header = entry->flags & NB_HEADER,
+    };
+    if (pump->gathered.has_header)
+        take_header(pump, buffer);
+    return 0;
+}
+
+static int continue_frame(struct nb_pump *pump, const struct nb_entry *entry, uint32_t buffer)
+{
+    struct tx_frame *frame = &pump->gathered;
+    if (frame->pieces == 0 || frame->pieces == pump->config.tx_max_pieces)
+        return client_fault(NB_REFUSE_PIECES);
+    if (entry->queue != frame->queue)
+        return client_fault(NB_REFUSE_QUEUE);
+    if (entry->flags & NB_HEADER)
+        return client_fault(NB_REFUSE_KIND);
+    pump->tx_pieces[frame->last].next = buffer;
+    frame->last = buffer;
+    frame->pieces++;
+    frame->bytes += entry->len;
+    return 0;
+}
+
+/* Adds an entry to the frame that is being gathered: 0, or a verdict. A buffer that was taken is booked as the device's,
+ * also while it waits, and also if the session ends now. */
+static int gather_entry(struct nb_pump *pump, const struct nb_entry *entry)
+{
+    int64_t checked = ledger_check(pump->config.tx_ledger, entry->dma_handle);
+    int verdict = check_entry(pump, entry, checked);
+    if (verdict < 0)
+        return verdict;
+    uint32_t buffer = (uint32_t)checked;
+    bool begins = !(entry->flags & NB_CONTINUATION), ends = !(entry->flags & NB_MORE);
+    uint32_t before = begins ? 0 : pump->gathered.bytes;
+    if (entry->len > pump->config.tx_largest_frame - before || (ends && before + entry->len < ETHERNET_HEADER))
+        return client_fault(NB_REFUSE_LENGTH);
+    verdict = begins ? begin_frame(pump, entry, buffer) : continue_frame(pump, entry, buffer);
+    if (verdict < 0)
+        return verdict;
+    pump->tx_pieces[buffer].next = NO_BUFFER;
+    pump->tx_pieces[buffer].bytes = entry->len;
+    ledger_move(pump->config.tx_ledger, buffer, NB_OWNER_CLIENT, NB_OWNER_DEVICE);
+    return 0;
+}
+
+/* The last piece is there: the frame goes to its queue. 0, or a verdict. */
+static int finish_sent(struct nb_pump *pump)
+{
+    struct tx_frame *frame = &pump->gathered;
+    uint32_t first = frame->first;
+    if (frame->has_header && !net_header_check(header_of(pump, first), frame->bytes, pump->config.offloads))
+        return client_fault(NB_REFUSE_HEADER);
+    struct tx_piece *piece = &pump->tx_pieces[first];
+    piece->pieces = (uint16_t)frame->pieces;
+    piece->has_header = frame->has_header;
+    frame->pieces = 0;
+    struct pump_pair *pair = &pump->pairs[frame->queue];
+    if (pair->backlog_first == NO_BUFFER && has_room_for(pair, piece->pieces))
+        add_frame(pump, pair, first);
+    else
+        put_in_backlog(pump, pair, first);
+    return 0;
+}
+
+/* The rule, not the exception: a frame of one piece and without a header, and nothing in its way. False: the longer way,
+ * which also finds out what is wrong. */
+static bool send_simple(struct nb_pump *pump, const struct nb_entry *entry)
+{
+    struct nb_ledger *ledger = pump->config.tx_ledger;
+    int64_t checked = ledger_check(ledger, entry->dma_handle);
+    if (checked < 0 || entry->kind != NB_TX_PACKET || entry->flags != 0 || entry->queue >= pump->config.pair_count ||
+        entry->len < ETHERNET_HEADER || entry->len > ledger_room(ledger) || pump->gathered.pieces != 0)
+        return false;
+    struct pump_pair *pair = &pump->pairs[entry->queue];
+    if (pair->backlog_first != NO_BUFFER || !has_room_for(pair, 1))
+        return false;
+    uint32_t buffer = (uint32_t)checked;
+    ledger_move(ledger, buffer, NB_OWNER_CLIENT, NB_OWNER_DEVICE);
+    pump->tx_pieces[buffer] =
+        (struct tx_piece){.next = NO_BUFFER, .bytes = entry->len, .pieces = 1};
+    const struct nb_segment segments[2] = {{pump->config.tx_headers_iova, pump->config.net_header_bytes},
+                                           {ledger_iova(ledger, buffer) + ledger->region.headroom, entry->len}};
+    virtqueue_add(pair->tx_queue, segments, 2, 0, buffer);
+    return true;
+}
+
+int pump_transmit(struct nb_pump *pump)
+{
+    int64_t waiting = ring_waiting(&pump->config.tx_active, pump->tx_active_taken);
+    if (waiting < 0)
+        return client_fault(NB_REFUSE_RING_JUMP);
+    uint32_t moved = 0;
+    for (uint32_t i = 0; i < pump->config.pair_count; i++)
+        moved += drain_backlog(pump, &pump->pairs[i]);
+    uint32_t frames = moved, taken = 0;
+    int verdict = 0;
+    while (taken < waiting && taken < pump->config.burst && pump_can_transmit(pump)) {
+        struct nb_entry entry = ring_take(&pump->config.tx_active, &pump->tx_active_taken);
+        taken++;
+        if (send_simple(pump, &entry)) {
+            frames++;
+            continue;
+        }
+        verdict = gather_entry(pump, &entry);
+        if (verdict == 0 && !(entry.flags & NB_MORE)) {
+            verdict = finish_sent(pump);
+            frames += verdict == 0;
+        }
+        if (verdict < 0)
+            break;
+    }
+    if (taken)
+        ring_consumed(&pump->config.tx_active, pump->tx_active_taken);
+    if (frames) {
+        count_burst(pump->config.counters->tx_bursts, frames);
+        for (uint32_t i = 0; i < pump->config.pair_count; i++)
+            pump_notify(pump, pump->pairs[i].tx_queue);
+    }
+    return verdict < 0 ? verdict : (int)(moved + taken);
+}
+
+/* ---- Back to the client --------------------------------------------------------------------------------------- */
+
+void pump_acknowledge(struct nb_pump *pump, uint32_t buffer)
+{
+    ring_put(&pump->config.tx_done, &pump->tx_done_put,
+             (struct nb_entry){
+                 .dma_handle = ledger_lend(pump->config.tx_ledger, buffer),
+                 .len = ledger_room(pump->config.tx_ledger),
+                 .kind = NB_TX_PACKET_ACK,
+             });
+}
+
+int pump_complete(struct nb_pump *pump, struct pump_pair *pair)
+{
+    struct nb_counters *counters = pump->config.counters;
+    int completed = virtqueue_completed(pair->tx_queue);
+    if (completed <= 0)
+        return completed < 0 ? device_fault(-1 - completed) : 0;
+    uint64_t bytes = 0;
+    int taken = 0, got = 0;
+    struct nb_used used;
+    for (; taken < completed && (got = virtqueue_take(pair->tx_queue, &used)) > 0; taken++) {
+        bytes += used.readable - pump->config.net_header_bytes;
+        for (uint32_t buffer = used.buffer; buffer != NO_BUFFER; buffer = pump->tx_pieces[buffer].next)
+            pump_acknowledge(pump, buffer);
+    }
+    if (taken) {
+        count(&counters->packets_tx, (uint64_t)taken);
+        count(&counters->bytes_tx, bytes);
+        ring_publish(&pump->config.tx_done, pump->tx_done_put);
+    }
+    return got < 0 ? device_fault(-1 - got) : taken;
+}

@@ -1,0 +1,157 @@
+/* Going to sleep, being woken, waking others: whoever waits asks for it, then looks once more. */
+#include "pump.h"
+
+#include <errno.h>
+#include <sys/epoll.h>
+
+#include "counting.h"
+
+enum { ISR_CONFIG_CHANGE = 2 }; /* virtio 1.3 §4.1.4.5 */
+
+/* What an epoll event stands for. */
+enum source { SOURCE_QUEUE, SOURCE_INTX, SOURCE_DOORBELL, SOURCE_CONTROL };
+
+/* ---- Waking the client ---------------------------------------------------------------------------------------- */
+
+/* The client told when the last doorbell woke it; believed as far as it can be true. */
+static void account_client_wakeup(struct nb_pump *pump, uint64_t now)
+{
+    uint64_t woken = load_once_64(&pump->config.rx_active.header->woken_ns);
+    if (pump->doorbell_ns != 0 && woken >= pump->doorbell_ns && woken <= now)
+        nb_histogram_add(&pump->config.counters->irq_latency_ns[NB_LATENCY_CLIENT], woken - pump->doorbell_ns);
+    pump->doorbell_ns = 0;
+}
+
+void pump_wake_client(struct nb_pump *pump)
+{
+    bool for_frames = ring_must_wake(&pump->config.rx_active);
+    bool for_buffers = ring_must_wake(&pump->config.tx_done);
+    if (!for_frames && !for_buffers) {
+        count(&pump->config.counters->wakeups_suppressed, 1);
+        return;
+    }
+    uint64_t now = now_ns();
+    account_client_wakeup(pump, now);
+    if (for_frames)
+        pump->doorbell_ns = now;
+    store_once_64(&pump->config.rx_active.header->doorbell_ns, now);
+    doorbell_ring(pump->config.driver_doorbell_fd);
+    count(&pump->config.counters->wakeups_sent, 1);
+}
+
+/* ---- Going to sleep ------------------------------------------------------------------------------------------- */
+
+static void set_interrupts(struct nb_pump *pump, bool on)
+{
+    for (uint32_t i = 0; i < pump->config.pair_count; i++) {
+        virtqueue_set_interrupts(pump->pairs[i].rx_queue, on);
+        virtqueue_set_interrupts(pump->pairs[i].tx_queue, on);
+    }
+}
+
+static bool device_has_completed(struct nb_pump *pump)
+{
+    for (uint32_t i = 0; i < pump->config.pair_count; i++)
+        if (virtqueue_completed(pump->pairs[i].rx_queue) != 0 || virtqueue_completed(pump->pairs[i].tx_queue) != 0)
+            return true;
+    return false;
+}
+
+void pump_stop_asking(struct nb_pump *pump)
+{
+    ring_disarm(&pump->config.rx_free);
+    ring_disarm(&pump->config.tx_active);
+    set_interrupts(pump, false);
+}
+
+/* Asks everybody for a wake-up, then looks once more: what arrived before they saw it would wake nobody. True: sleep. */
+bool pump_ask_for_wakeup(struct nb_pump *pump)
+{
+    const struct nb_pump_config *config = &pump->config;
+    /* Returned RX buffers can wait while the device has plenty. */
+    bool device_starves = pump_device_starves(pump);
+    if (device_starves)
+        ring_arm(&config->rx_free);
+    /* Frames to send can wait while the device has no room for them: its interrupt will tell. */
+    bool room_to_send = pump_can_transmit(pump);
+    if (room_to_send)
+        ring_arm(&config->tx_active);
+    set_interrupts(pump, true);
+    fence_store_load();
+    bool nothing = !device_has_completed(pump) &&
+                   (!room_to_send || ring_waiting(&config->tx_active, pump->tx_active_taken) == 0) &&
+                   (!device_starves || ring_waiting(&config->rx_free, pump->rx_free_taken) == 0);
+    if (!nothing)
+        pump_stop_asking(pump);
+    return nothing;
+}
+
+/* ---- Being woken ---------------------------------------------------------------------------------------------- */
+
+/* INTx is level-triggered: reading ISR status lets go of the line, then VFIO may unmask it. Returns an enum nb_event or 0. */
+static int acknowledge_intx(struct nb_pump *pump)
+{
+    doorbell_clear(pump->config.intx_fd);
+    uint8_t isr = *pump->config.isr_status;
+    doorbell_ring(pump->config.intx_unmask_fd);
+    return isr & ISR_CONFIG_CHANGE ? NB_EVENT_CONFIG : 0;
+}
+
+/* Waits up to `timeout_ms` (-1: for ever) and quietens what woke us. Returns an enum nb_event, or 0, or -errno. */
+int pump_look_at_fds(struct nb_pump *pump, int timeout_ms)
+{
+    struct epoll_event events[2 * NB_MOST_PAIRS + 3];
+    int ready = epoll_wait(pump->epoll_fd, events, sizeof(events) / sizeof(events[0]), timeout_ms);
+    if (ready < 0)
+        return errno == EINTR ? 0 : -errno;
+    int event = 0;
+    for (int i = 0; i < ready; i++) {
+        int fd = (int)(events[i].data.u64 >> 32);
+        switch ((enum source)(events[i].data.u64 & 0xff)) {
+        case SOURCE_QUEUE:
+            doorbell_clear(fd);
+            count(&pump->config.counters->interrupts, 1);
+            break;
+        case SOURCE_INTX:
+            count(&pump->config.counters->interrupts, 1);
+            if (acknowledge_intx(pump))
+                event = NB_EVENT_CONFIG;
+            break;
+        case SOURCE_DOORBELL: /* edge-triggered, never read: see watch() */
+            break;
+        case SOURCE_CONTROL:
+            /* A configuration change goes first: the ISR has forgotten it, control_fd will still be readable. */
+            event = event ? event : NB_EVENT_CONTROL;
+            break;
+        }
+    }
+    return event;
+}
+
+static int watch(struct nb_pump *pump, int fd, enum source source)
+{
+    if (fd < 0)
+        return 0;
+    struct epoll_event event = {.events = EPOLLIN, .data.u64 = (uint64_t)(uint32_t)fd << 32 | source};
+    /* The client shares the doorbell's open file description: it could make it blocking and empty it under our hands. So
+     * the doorbell is never read; each ring is an edge. */
+    if (source == SOURCE_DOORBELL)
+        event.events |= EPOLLET;
+    /* A device with few vectors has one for several queues. */
+    return epoll_ctl(pump->epoll_fd, EPOLL_CTL_ADD, fd, &event) == 0 || errno == EEXIST ? 0 : -1;
+}
+
+int pump_watch_fds(struct nb_pump *pump)
+{
+    const struct nb_pump_config *config = &pump->config;
+    pump->epoll_fd = epoll_create1(EPOLL_CLOEXEC);
+    if (pump->epoll_fd < 0)
+        return -1;
+    for (uint32_t i = 0; i < config->pair_count; i++)
+        if (watch(pump, config->pairs[i].rx_irq_fd, SOURCE_QUEUE) || watch(pump, config->pairs[i].tx_irq_fd, SOURCE_QUEUE))
+            return -1;
+    return watch(pump, config->intx_fd, SOURCE_INTX) || watch(pump, config->client_doorbell_fd, SOURCE_DOORBELL) ||
+                   watch(pump, config->control_fd, SOURCE_CONTROL)
+               ? -1
+               : 0;
+}

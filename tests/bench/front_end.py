@@ -1,0 +1,141 @@
+"""The core's virtqueues on a vhost-user back-end, with a load in C on one processor instead of pump and port."""
+
+from __future__ import annotations
+
+import os
+import select
+import threading
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import cffi
+
+import vfio
+from netbridge.datapath._core import ffi as core_ffi
+from netbridge.datapath._core import lib as core
+from netbridge.log import Log
+from netbridge.vhost import Link
+from netbridge.virtio import features
+from netbridge.virtio.transport import QueueSetup, Status
+from netbridge.virtio.vhost_user.memory import VhostDma, VhostMemory
+from netbridge.virtio.vhost_user.transport import VhostUser
+from tests.bench import native
+
+CORE = Path(__file__).parents[2] / "netbridge/datapath/core"
+QUEUE, BUFFERS, STRIDE, HEADER_BYTES = 256, 1024, 2048, 12
+# What the core itself is compiled with.
+FLAGS = ("-fPIC", "-shared", "-fno-strict-aliasing", "-march=x86-64", f"-I{CORE}")
+CONNECT_SECONDS = 20.0
+
+_DECLARATIONS = """
+struct load { void *rx; void *tx; uint8_t *memory; uint64_t iova; uint32_t stride; uint32_t length;
+              uint64_t header_iova; int32_t stop; uint32_t free_count; uint32_t free[4096]; };
+int64_t load_transmit(struct load *);
+int64_t load_receive(struct load *);
+int64_t load_echo(struct load *);
+void load_start(struct load *, uint32_t buffers);
+"""
+
+
+class FrontEnd:
+    """Our side of one back-end. `start` begins a load in a thread on `processor`, `stop` ends it. Raises
+    DeviceError."""
+
+    def __init__(self, path: Path, *, packed: bool, merges: bool, processor: int) -> None:
+        self._processor = processor
+        self._ffi: Any = cffi.FFI()  # what it is to know, a type checker does not
+        self._ffi.cdef(_DECLARATIONS)
+        self._lib: Any = self._ffi.dlopen(str(native.build("vhost_load", flags=FLAGS)))
+        self._thread: threading.Thread | None = None
+        with ExitStack() as stack:
+            memory = VhostMemory()
+            self._transport = VhostUser(str(path), memory)
+            stack.callback(self._transport.close)
+            self._attach(path)
+            wanted = features.VERSION_1.mask | (features.MRG_RXBUF.mask if merges else 0)
+            wanted |= features.feature("RING_PACKED").mask if packed else 0
+            self._agree(wanted)
+            self._load = self._ffi.new("struct load *")
+            dma = VhostDma(memory)
+            for index, name in enumerate(("rx", "tx")):
+                setattr(self._load, name, self._make_queue(index, dma, stack, packed))
+            self._transport.enable_vectors(())
+            header = dma.allocate(HEADER_BYTES)
+            stack.callback(header.close)
+            buffers = stack.enter_context(vfio.Memory.memfd(BUFFERS * STRIDE))
+            mapping = stack.enter_context(memory.map(buffers))
+            self._load.memory = self._ffi.cast("uint8_t *", buffers.address)
+            self._load.iova, self._load.stride, self._load.header_iova = mapping.iova, STRIDE, header.iova
+            self._lib.load_start(self._load, BUFFERS)
+            self._transport.write_status(self._transport.read_status() | Status.DRIVER_OK)
+            stack.callback(self._transport.reset)
+            for index in (0, 1):
+                self._transport.notify(index)
+            self._stack = stack.pop_all()
+
+    def _attach(self, path: Path) -> None:
+        with Link(self._transport, str(path), patience_seconds=CONNECT_SECONDS, log=Log(False)) as link:
+            while not link.attend():
+                select.select([link], [], [])
+
+    def _agree(self, wanted: int) -> None:
+        offered = self._transport.read_device_features()
+        if wanted & ~offered:
+            raise RuntimeError(f"the back-end does not offer {wanted & ~offered:#x} of the features this bench is of")
+        self._transport.write_driver_features(wanted)
+        self._transport.write_status(Status.ACKNOWLEDGE)
+        self._transport.write_status(Status.ACKNOWLEDGE | Status.DRIVER)
+        self._transport.write_status(Status.ACKNOWLEDGE | Status.DRIVER | Status.FEATURES_OK)
+
+    def _make_queue(self, index: int, dma: VhostDma, stack: ExitStack, packed: bool) -> Any:
+        config = core_ffi.new("struct nb_virtqueue_config *", {"index": index, "size": QUEUE})
+        config.features = core.NB_RING_PACKED if packed else 0
+        layout = core_ffi.new("struct nb_virtqueue_layout *")
+        if core.nb_virtqueue_layout(config, layout):
+            raise RuntimeError(f"there is no layout for a queue of {QUEUE}")
+        block = dma.allocate(layout.bytes)
+        stack.callback(block.close)
+        config.memory, config.iova = core_ffi.cast("void *", block.address), block.iova
+        config.kick_fd = self._transport.notify_fd(index)
+        queue = core.nb_virtqueue_new(config)
+        stack.callback(core.nb_virtqueue_free, queue)
+        areas = (block.iova + layout.desc, block.iova + layout.driver, block.iova + layout.device)
+        self._transport.set_up_queue(index, QueueSetup(QUEUE, *areas, vector=0xFFFF))
+        return self._ffi.cast("void *", int(core_ffi.cast("uintptr_t", queue)))
+
+    def start(self, kind: str, length: int) -> None:
+        """`kind`: transmit, receive or echo; `length` of the frames that are generated, bytes."""
+        self._load.stop, self._load.length = 0, length
+        run = getattr(self._lib, f"load_{kind}")
+
+        def body() -> None:
+            os.sched_setaffinity(0, {self._processor})
+            if os.geteuid() == 0:
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), -20)
+            self._result = run(self._load)
+
+        self._result = 0
+        self._thread = threading.Thread(target=body)
+        self._thread.start()
+
+    def stop(self) -> int:
+        """Frames that the load moved. Raises RuntimeError when the back-end did what none may."""
+        assert self._thread is not None
+        self._load.stop = 1
+        self._thread.join()
+        self._thread = None
+        if self._result < 0:
+            raise RuntimeError(f"the back-end broke a virtqueue: fault {-1 - self._result}")
+        return int(self._result)
+
+    def close(self) -> None:
+        if self._thread is not None:
+            self.stop()
+        self._stack.close()
+
+    def __enter__(self) -> FrontEnd:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

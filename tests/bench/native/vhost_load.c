@@ -1,0 +1,152 @@
+/* A load on the core's virtqueues, on one processor: a generator, a sink, and an echo, as a shared object.
+ *
+ * It does what the pump does to a virtqueue, with its calls and its burst, and nothing of what the pump does to the port.
+ * So beside DPDK's own front-end it says what the virtqueues cost. A sent frame has a descriptor for the header and one for
+ * itself, as the pump's have. The generator writes the first 42 bytes of each frame, as testpmd's does.
+ */
+#include <stdbool.h>
+#include <stdint.h>
+#include <string.h>
+
+#include "virtqueue.h"
+
+enum { BURST = 64, HEADER_BYTES = 12, NUM_BUFFERS_OFFSET = 10, TEMPLATE_BYTES = 42, LOAD_BUFFERS = 4096 };
+
+/* `memory` is `buffers` buffers of `stride` bytes; a frame lies at HEADER_BYTES in its buffer. */
+struct load {
+    struct nb_virtqueue *rx;
+    struct nb_virtqueue *tx;
+    uint8_t *memory;
+    uint64_t iova;
+    uint32_t stride;
+    uint32_t length;      /* of a generated frame */
+    uint64_t header_iova; /* HEADER_BYTES of zeroes */
+    int32_t stop;         /* set by another thread */
+    uint32_t free_count;
+    uint32_t free[LOAD_BUFFERS]; /* buffers neither queue has */
+};
+
+static bool stopped(struct load *load) { return __atomic_load_n(&load->stop, __ATOMIC_RELAXED); }
+
+static void publish(struct nb_virtqueue *queue)
+{
+    if (virtqueue_publish(queue))
+        virtqueue_notify(queue);
+}
+
+static void post(struct load *load, uint32_t buffer)
+{
+    struct nb_segment segment = {load->iova + (uint64_t)buffer * load->stride, load->stride};
+    virtqueue_add(load->rx, &segment, 0, 1, buffer);
+}
+
+static void send(struct load *load, uint32_t buffer, uint32_t length)
+{
+    struct nb_segment segments[] = {
+        {load->header_iova, HEADER_BYTES},
+        {load->iova + (uint64_t)buffer * load->stride + HEADER_BYTES, length},
+    };
+    virtqueue_add(load->tx, segments, 2, 0, buffer);
+}
+
+/* Gives up to a burst of sent buffers back to the free ones; their number, or -1 - the fault. */
+static int reap(struct load *load)
+{
+    int done = virtqueue_completed(load->tx), got = 0, taken = 0;
+    struct nb_used used;
+    if (done < 0)
+        return done;
+    while (taken < done && (got = virtqueue_take(load->tx, &used)) > 0) {
+        load->free[load->free_count++] = used.buffer;
+        taken++;
+    }
+    return got < 0 ? got : taken;
+}
+
+static void refill(struct load *load)
+{
+    while (load->free_count && virtqueue_has_room(load->rx, 1))
+        post(load, load->free[--load->free_count]);
+    publish(load->rx);
+}
+
+int64_t load_transmit(struct load *load)
+{
+    static const uint8_t template[TEMPLATE_BYTES] = {0x02, 0, 0, 0, 0, 1, 0x02, 0, 0, 0, 0, 2, 0x88, 0xb5};
+    int64_t frames = 0;
+    while (!stopped(load)) {
+        int done = reap(load);
+        if (done < 0)
+            return done;
+        frames += done;
+        for (int i = 0; i < BURST && load->free_count && virtqueue_has_room(load->tx, 2); i++) {
+            uint32_t buffer = load->free[--load->free_count];
+            memcpy(load->memory + (uint64_t)buffer * load->stride + HEADER_BYTES, template, TEMPLATE_BYTES);
+            send(load, buffer, load->length);
+        }
+        publish(load->tx);
+    }
+    return frames;
+}
+
+/* Takes up to a burst of received buffers; `each` says what becomes of one. */
+static inline int take(struct load *load, bool echo)
+{
+    int done = virtqueue_completed(load->rx), got = 0, taken = 0;
+    struct nb_used used;
+    if (done < 0)
+        return done;
+    while (taken < done && taken < BURST && (!echo || virtqueue_has_room(load->tx, 2)) &&
+           (got = virtqueue_take(load->rx, &used)) > 0) {
+        uint16_t pieces;
+        memcpy(&pieces, load->memory + (uint64_t)used.buffer * load->stride + NUM_BUFFERS_OFFSET, sizeof(pieces));
+        if (pieces != 1 || used.written < HEADER_BYTES)
+            return -1 - NB_FAULT_NUM_BUFFERS;
+        if (echo)
+            send(load, used.buffer, used.written - HEADER_BYTES);
+        else
+            load->free[load->free_count++] = used.buffer;
+        taken++;
+    }
+    return got < 0 ? got : taken;
+}
+
+int64_t load_receive(struct load *load)
+{
+    int64_t frames = 0;
+    while (!stopped(load)) {
+        int done = take(load, false);
+        if (done < 0)
+            return done;
+        frames += done;
+        refill(load);
+    }
+    return frames;
+}
+
+int64_t load_echo(struct load *load)
+{
+    int64_t frames = 0;
+    while (!stopped(load)) {
+        int sent = reap(load);
+        int done = sent < 0 ? sent : take(load, true);
+        if (done < 0)
+            return done;
+        frames += done;
+        publish(load->tx);
+        refill(load);
+    }
+    return frames;
+}
+
+void load_start(struct load *load, uint32_t buffers)
+{
+    virtqueue_set_interrupts(load->rx, false);
+    virtqueue_set_interrupts(load->tx, false);
+    for (uint32_t i = 0; i < buffers; i++)
+        load->free[load->free_count++] = i;
+    /* The rest is the generator's. */
+    for (uint32_t i = 0; i < load->rx->size && i < buffers / 2; i++)
+        post(load, load->free[--load->free_count]);
+    virtqueue_show(load->rx);
+}

@@ -94,8 +94,19 @@ client-library: | host-packages ## the client library in C, and its example, in 
 	$(MAKE) -C client BUILD=$(CURDIR)/build/client-library
 
 .PHONY: client-library
-bench: $(SETUP) ## what the C core costs a frame (its peers are not measured yet)
-	$(PY) -m tests.bench.core_throughput $(ARGS)
+# Installed when a bench is first wanted: what draws its pictures.
+BENCH_SETUP := $(VENV)/.set-up-bench
+
+$(BENCH_SETUP): $(SETUP)
+	$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[dev,bench]'
+	@touch $@
+
+.PHONY: bench-quick
+bench: $(BENCH_SETUP) | host-dpdk ## beside its peers, in turns: a table and pictures in build/bench
+	$(PY) -m tests.bench $(ARGS)
+
+bench-quick: $(BENCH_SETUP) | host-dpdk ## the same with fewer metrics and rounds
+	$(PY) -m tests.bench --quick $(ARGS)
 
 faults: $(SETUP) ## what may go wrong, at every moment: kills, unplugs, links, clocks, and the exact account afterwards
 	$(PYTEST) tests/faults -n 2 --junitxml=build/tests/faults.xml --accel $(ACCEL) $(ARGS)

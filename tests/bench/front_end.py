@@ -38,15 +38,20 @@ void load_start(struct load *, uint32_t buffers);
 """
 
 
+def _open_load() -> tuple[Any, Any]:
+    """The ffi and the lib of vhost_load.c."""
+    binding = cffi.FFI()
+    binding.cdef(_DECLARATIONS)
+    return binding, binding.dlopen(str(native.build("vhost_load", flags=FLAGS)))
+
+
 class FrontEnd:
     """Our side of one back-end. `start` begins a load in a thread on `processor`, `stop` ends it. Raises
     DeviceError."""
 
     def __init__(self, path: Path, *, packed: bool, merges: bool, processor: int) -> None:
         self._processor = processor
-        self._ffi: Any = cffi.FFI()  # what it is to know, a type checker does not
-        self._ffi.cdef(_DECLARATIONS)
-        self._lib: Any = self._ffi.dlopen(str(native.build("vhost_load", flags=FLAGS)))
+        self._ffi, self._lib = _open_load()
         self._thread: threading.Thread | None = None
         with ExitStack() as stack:
             memory = VhostMemory()

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
     from netbridge.virtio.queues import VirtQueue
 
-CONTROL_QUEUE_SIZE = 16  # entries; one command takes two
+CONTROL_QUEUE_SIZE = 16  # entries
+CHAIN = 2  # segments: a command, and room for the answer
 COMMAND_BYTES = 4096  # more than the longest command: RSS with its table
 DEADLINE_S = 2.0
 

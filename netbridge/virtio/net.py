@@ -48,6 +48,8 @@ if TYPE_CHECKING:
 __all__ = ["InterruptMode", "Interrupts", "NetDevice", "NetFacts", "QueuePair", "VirtQueue"]
 
 DEFAULT_QUEUE = 256
+# Segments of the usual chain in a receive and in a transmit queue: one buffer; header and frame, in a few buffers.
+CHAINS = (1, 8)
 
 
 class NetDevice:
@@ -209,9 +211,23 @@ class NetDevice:
             self._move(State.LIVE)
             # No notification may be sent before DRIVER_OK (§3.1.1), so this one is owed.
             for pair in self.pairs:
-                self._transport.notify(pair.rx.index)
+                self._queues.notify(pair.rx)
             if len(self.pairs) > 1:
                 self.command(self._steering())
+
+    def reset_queue(self, queue: VirtQueue) -> list[int]:
+        """Takes one data queue away from the device and gives it back, empty and enabled (§2.6.1), while the others go
+        on. Returns the tokens of the chains that were in flight; what they stood for the device has let go of. Nothing
+        may use the queue meanwhile.
+
+        Raises NotOffered without RING_RESET, and WrongState unless the device is in service. After ResetTimeout and
+        Misbehaved the whole device must be reset.
+        """
+        if self.state is not State.LIVE:
+            raise WrongState(f"{self.name}: resetting a queue: the device is {self.state.name} ({self.state.value})")
+        if not self.negotiation.has(features.RING_RESET):
+            raise NotOffered(f"{self.name}: resetting a queue needs RING_RESET, which is not agreed with the device")
+        return self._queues.reset(queue, self._reset_deadline_s)
 
     def command(self, command: Command) -> None:
         """Has the device do something over its control queue, and waits for its answer; see commands.py.
@@ -299,7 +315,7 @@ class NetDevice:
         """Receive and transmit queues take turns, the control queue comes after the last the device has (§5.1.2)."""
         agreed = self.negotiation
         plans = [
-            QueuePlan(number, self._sizes[number % 2], vector, self._wiring.fd_of(vector))
+            QueuePlan(number, self._sizes[number % 2], vector, self._wiring.fd_of(vector), CHAINS[number % 2])
             for number, vector in enumerate(vectors)
         ]
         extra = [self._tx_headers_bytes]
@@ -309,9 +325,9 @@ class NetDevice:
             number = 2 * (self.facts.max_queue_pairs if steers else 1)
             fds = self.interrupts
             vector = CONFIG_VECTOR if fds.mode is InterruptMode.MSIX else NO_VECTOR
-            plans.append(QueuePlan(number, control.CONTROL_QUEUE_SIZE, vector, fds.config_fd))
+            plans.append(QueuePlan(number, control.CONTROL_QUEUE_SIZE, vector, fds.config_fd, control.CHAIN))
             extra.append(ControlQueue.memory_bytes())
-        self._tx_headers, *rest = self._queues.set_up(plans, extra)
+        self._tx_headers, *rest = self._queues.set_up(plans, agreed, extra)
         data = self._queues.queues[: len(vectors)]
         self._pairs = tuple(QueuePair(rx, tx) for rx, tx in zip(data[0::2], data[1::2], strict=True))
         if has_control:

@@ -13,7 +13,7 @@ from enum import IntEnum
 
 import vfio
 from netbridge.virtio.errors import Misbehaved, NotVirtioNet
-from netbridge.virtio.transport import RESET_DEADLINE_S, QueueSetup, await_reset
+from netbridge.virtio.transport import RESET_DEADLINE_S, QueueSetup, await_queue_reset, await_reset
 from vfio._record import NamedTuple
 
 TYPE_CHECKING = False
@@ -56,6 +56,8 @@ COMMON = {
     "queue_driver_high": (0x2C, 4),
     "queue_device_low": (0x30, 4),
     "queue_device_high": (0x34, 4),
+    # Beyond what every device has; there with RING_RESET.
+    "queue_reset": (0x3A, 2),
 }
 COMMON_BYTES = 0x38
 
@@ -414,23 +416,40 @@ class VirtioPci:
         self._put("queue_select", index)
         self._put("queue_enable", 1)
 
-    def _notify_offset(self, index: int) -> int:
+    def reset_queue(self, index: int, deadline_s: float = RESET_DEADLINE_S) -> None:
+        offset, width = COMMON["queue_reset"]
+        if self._common.length < offset + width:
+            raise Misbehaved(
+                f"{self._name}: the device offers RING_RESET, but its common configuration ends before queue_reset, "
+                f"after {self._common.length} bytes"
+            )
+        self._put("queue_select", index)
+        self._put("queue_reset", 1)
+        await_queue_reset(lambda: self._get("queue_reset"), self._name, index, deadline_s)
+        if self._get("queue_enable"):
+            raise Misbehaved(f"{self._name}: queue {index} is enabled although it was just reset")
+
+    def _notify_offset(self, index: int, width: int) -> int:
         """Offset in the BAR of a queue's notification register (§4.1.4.4)."""
         notify = self._structures[Kind.NOTIFY]
         self._put("queue_select", index)
         offset = self._get("queue_notify_off") * notify.multiplier
-        if offset + 2 > notify.length:
+        if offset + width > notify.length:
             raise Misbehaved(
                 f"{self._name}: queue {index} is notified at byte {offset:#x} of a notification structure of "
                 f"{notify.length:#x} bytes"
             )
         return notify.offset + offset
 
-    def notify(self, index: int) -> None:
-        self._structures[Kind.NOTIFY].bar.write16(self._notify_offset(index), index)
+    def notify(self, index: int, data: int | None = None) -> None:
+        bar = self._structures[Kind.NOTIFY].bar
+        if data is None:
+            bar.write16(self._notify_offset(index, 2), index)
+        else:
+            bar.write32(self._notify_offset(index, 4), data)
 
-    def notify_address(self, index: int) -> int:
-        return self._structures[Kind.NOTIFY].bar.address(self._notify_offset(index), 2)
+    def notify_address(self, index: int, width: int = 2) -> int:
+        return self._structures[Kind.NOTIFY].bar.address(self._notify_offset(index, width), width)
 
     def notify_fd(self, index: int) -> int:  # noqa: ARG002 - the protocol's
         return -1

@@ -7,8 +7,10 @@ block for all that is kept from one configuration to the next, and the device is
 from __future__ import annotations
 
 from netbridge.datapath._core import ffi, lib
+from netbridge.virtio import features
 from netbridge.virtio.dma import DmaAllocator, DmaBlock, Piece, Pieces, whole_pages
 from netbridge.virtio.errors import Misbehaved, QueueUnusable
+from netbridge.virtio.features import Negotiation
 from netbridge.virtio.interrupts import require_vector
 from netbridge.virtio.transport import QueueSetup, Transport
 from vfio._record import NamedTuple
@@ -18,7 +20,15 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Any
 
-LARGEST_QUEUE = 32768  # entries of a split virtqueue (§2.7)
+LARGEST_QUEUE = 32768  # entries of a virtqueue (§2.7, §2.8.10.1)
+
+# What the C core is told of the agreed features; of INDIRECT_DESC, by the length of the tables.
+_RING_FEATURES = (
+    (features.RING_PACKED, lib.NB_RING_PACKED),
+    (features.EVENT_IDX, lib.NB_RING_EVENT_IDX),
+    (features.IN_ORDER, lib.NB_RING_IN_ORDER),
+    (features.NOTIFICATION_DATA, lib.NB_RING_NOTIFICATION_DATA),
+)
 
 
 class QueuePlan(NamedTuple):
@@ -28,15 +38,18 @@ class QueuePlan(NamedTuple):
     most: int  # entries, a power of two; the device may allow fewer
     vector: int  # NO_VECTOR with INTx
     irq_fd: int  # the vector's eventfd, or -1
+    segments: int  # of the usual chain; longer ones will do, but not in an indirect table
 
 
 class VirtQueue:
     """A virtqueue that the device knows of. `handle` is the C core's `struct nb_virtqueue *`, owned by the network
     device and gone after its next `reset`, `configure` or `close`: free whatever uses it before."""
 
-    def __init__(self, plan: QueuePlan, size: int, handle: Any) -> None:
+    def __init__(self, plan: QueuePlan, setup: QueueSetup, ring_features: int, handle: Any) -> None:
         self.index = plan.number
-        self.size = size  # entries
+        self.size = setup.size  # entries
+        self.setup = setup
+        self.features = ring_features  # or-ed NB_RING_*
         self.vector = plan.vector
         self.irq_fd = plan.irq_fd
         self.handle = handle
@@ -58,13 +71,13 @@ class QueueSet:
         self._block: DmaBlock | None = None
         self.queues: list[VirtQueue] = []
 
-    def set_up(self, plans: Sequence[QueuePlan], extra: Sequence[int] = ()) -> list[Piece]:
-        """Makes the queues, on zeroed memory, and tells the device of them; then enables them. Returns as many more
-        pieces of private memory as `extra` names sizes, in bytes.
+    def set_up(self, plans: Sequence[QueuePlan], agreed: Negotiation, extra: Sequence[int] = ()) -> list[Piece]:
+        """Makes the queues as is `agreed`, on zeroed memory, and tells the device of them; then enables them. Returns
+        as many more pieces of private memory as `extra` names sizes, in bytes.
 
         Raises QueueUnusable, Misbehaved or VectorRefused; vfio.VfioError or MemoryError when there is no memory.
         """
-        configs = [_config(plan.number, self._choose_size(plan)) for plan in plans]
+        configs = [_config(plan, self._choose_size(plan, agreed), agreed) for plan in plans]
         layouts = [_layout(config) for config in configs]
         pieces = self._provide_memory([*(layout.bytes for layout in layouts), *extra])
         for plan, config, layout in zip(plans, configs, layouts, strict=True):
@@ -73,6 +86,24 @@ class QueueSet:
         for queue in self.queues:
             self._transport.enable_queue(queue.index)
         return rest
+
+    def notify(self, queue: VirtQueue) -> None:
+        """Tells the device of what is in a queue. For once: the C core does it by itself."""
+        with_data = queue.features & lib.NB_RING_NOTIFICATION_DATA
+        self._transport.notify(queue.index, lib.nb_virtqueue_notification(queue.handle) if with_data else None)
+
+    def reset(self, queue: VirtQueue, deadline_s: float) -> list[int]:
+        """Has the device forget one queue (§2.6.1), and sets it up and enables it again, empty. Returns the tokens of
+        the chains that were in flight: what they stood for is the caller's again.
+
+        Raises ResetTimeout, Gone or Misbehaved; VectorRefused.
+        """
+        self._transport.reset_queue(queue.index, deadline_s)
+        tokens = ffi.new("uint32_t[]", queue.size)
+        count = lib.nb_virtqueue_reset(queue.handle, tokens)
+        self._tell(queue.setup, queue.index)
+        self._transport.enable_queue(queue.index)
+        return list(tokens[0:count])
 
     def forget(self) -> None:
         """Frees the queues. The device must have been reset, and what uses them be gone. The memory stays."""
@@ -86,7 +117,7 @@ class QueueSet:
             block, self._block = self._block, None
             block.close()
 
-    def _choose_size(self, plan: QueuePlan) -> int:
+    def _choose_size(self, plan: QueuePlan, agreed: Negotiation) -> int:
         name, index = self._transport.name, plan.number
         queues = self._transport.num_queues
         if index >= queues:
@@ -94,10 +125,12 @@ class QueueSet:
         largest = self._transport.queue_max_size(index)
         if largest == 0:
             raise QueueUnusable(f"{name}: the device says that queue {index} is not there (its size is 0)")
-        if largest > LARGEST_QUEUE or largest & (largest - 1):
+        packed = agreed.has(features.RING_PACKED)
+        if largest > LARGEST_QUEUE or (largest & (largest - 1) and not packed):
+            expected = "" if packed else "a split virtqueue has a power of two, "
             raise QueueUnusable(
-                f"{name}: queue {index} has {largest} entries; a split virtqueue has a power of two, "
-                f"{LARGEST_QUEUE} at most (virtio 1.3 §2.7)"
+                f"{name}: queue {index} has {largest} entries; {expected}{LARGEST_QUEUE} at most "
+                f"(virtio 1.3 {'§2.8.10.1' if packed else '§2.7'})"
             )
         if self._transport.queue_enabled(index):
             raise Misbehaved(f"{name}: queue {index} is enabled although the device was just reset")
@@ -111,16 +144,20 @@ class QueueSet:
             device_area=memory.iova + layout.device,
             vector=plan.vector,
         )
-        granted = self._transport.set_up_queue(plan.number, setup)
-        require_vector(self._transport, f"queue {plan.number}", plan.vector, granted)
+        self._tell(setup, plan.number)
         config.memory = ffi.cast("void *", memory.address)
         config.iova = memory.iova
-        config.notify = ffi.cast("volatile void *", self._transport.notify_address(plan.number))
+        width = 4 if config.features & lib.NB_RING_NOTIFICATION_DATA else 2
+        config.notify = ffi.cast("volatile void *", self._transport.notify_address(plan.number, width))
         config.kick_fd = self._transport.notify_fd(plan.number)
         handle = lib.nb_virtqueue_new(config)
         if handle == ffi.NULL:
             raise MemoryError(f"{self._transport.name}: no memory for queue {plan.number} of {config.size} entries")
-        self.queues.append(VirtQueue(plan, config.size, handle))
+        self.queues.append(VirtQueue(plan, setup, config.features, handle))
+
+    def _tell(self, setup: QueueSetup, number: int) -> None:
+        granted = self._transport.set_up_queue(number, setup)
+        require_vector(self._transport, f"queue {number}", setup.vector, granted)
 
     def _provide_memory(self, sizes: Sequence[int]) -> Pieces:
         """Zeroed memory for pieces of these sizes; that of an earlier time again if it is large enough."""
@@ -134,9 +171,19 @@ class QueueSet:
         return Pieces(self._block)
 
 
-def _config(number: int, size: int) -> Any:
+def _config(plan: QueuePlan, size: int, agreed: Negotiation) -> Any:
     """A `struct nb_virtqueue_config`, but for what follows from where the queue's memory is."""
-    return ffi.new("struct nb_virtqueue_config *", {"index": number, "size": size})
+    # A table for a single segment is never used. A chain may not be longer than the queue (§2.7.5.3.1).
+    tables = agreed.has(features.INDIRECT_DESC) and plan.segments > 1
+    return ffi.new(
+        "struct nb_virtqueue_config *",
+        {
+            "index": plan.number,
+            "size": size,
+            "table_segments": min(plan.segments, size) if tables else 0,
+            "features": sum(flag for feature, flag in _RING_FEATURES if agreed.has(feature)),
+        },
+    )
 
 
 def _layout(config: Any) -> Any:

@@ -104,11 +104,17 @@ class Transport(Protocol):
 
     def enable_queue(self, index: int) -> None: ...
 
-    def notify(self, index: int) -> None:
-        """Tell the device that a queue has new buffers. Not before DRIVER_OK."""
+    def reset_queue(self, index: int, deadline_s: float = RESET_DEADLINE_S) -> None:
+        """Reset one queue and wait until the device says that it is (§2.6.1): it is then as after a reset of the
+        device, to be set up and enabled again. Only with RING_RESET. Raises ResetTimeout, Misbehaved or Gone."""
 
-    def notify_address(self, index: int) -> int:
-        """Address in this process to write a queue's 16-bit index to, for C; 0: there is none. Valid until `close`.
+    def notify(self, index: int, data: int | None = None) -> None:
+        """Tell the device that a queue has new buffers. Not before DRIVER_OK. `data`: with NOTIFICATION_DATA, the 32
+        bits to say it by (§4.1.5.2)."""
+
+    def notify_address(self, index: int, width: int = 2) -> int:
+        """Address in this process where C notifies of a queue by a write of `width` bytes, 4 with NOTIFICATION_DATA; 0:
+        there is none. Valid until `close`.
 
         Raises Misbehaved when it would lie outside the notification structure.
         """
@@ -177,6 +183,20 @@ def await_reset(read_status: Callable[[], int], name: str, deadline_s: float) ->
             raise ResetTimeout(
                 f"{name}: the device was told to reset, and after {deadline_s:g} s its status still reads "
                 f"{describe_status(status)} instead of 0; it is stuck: reset the function, or the machine it is in"
+            )
+        os.sched_yield()
+
+
+def await_queue_reset(read_register: Callable[[], int], name: str, index: int, deadline_s: float) -> None:
+    """Wait until queue_reset reads 0 after 1 was written (virtio 1.3 §2.6.1.2, §4.1.4.3.2): as `await_reset`."""
+    deadline = time.monotonic() + deadline_s
+    while (value := read_register()) != 0:
+        if value == 0xFFFF:
+            raise Gone(f"{name}: the device does not answer any more; it was unplugged or has lost power")
+        if time.monotonic() >= deadline:
+            raise ResetTimeout(
+                f"{name}: the device was told to reset queue {index}, and after {deadline_s:g} s its queue_reset still "
+                f"reads {value} instead of 0; reset the whole device"
             )
         os.sched_yield()
 

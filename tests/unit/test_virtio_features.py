@@ -96,8 +96,8 @@ def test_a_required_feature_cannot_be_turned_off(name: str) -> None:
 
 
 def test_turning_off_what_is_never_on_is_a_mistake_worth_telling() -> None:
-    with pytest.raises(UsageError, match=r"RING_PACKED is never on: .* what can be turned off is .*MTU, MAC"):
-        select(off=["ring_packed"])
+    with pytest.raises(UsageError, match=r"ADMIN_VQ is never on: .* what can be turned off is .*MTU, MAC"):
+        select(off=["admin_vq"])
 
 
 @pytest.mark.parametrize(
@@ -126,8 +126,8 @@ def test_standby_is_refused_when_offered_and_when_asked_for() -> None:
 
 
 def test_what_the_driver_does_not_implement_cannot_be_asked_for() -> None:
-    with pytest.raises(UsageError, match="RING_PACKED cannot be asked for: it is not implemented"):
-        negotiate(MODERN | feature("RING_PACKED").mask, [feature("RING_PACKED")])
+    with pytest.raises(UsageError, match="ADMIN_VQ cannot be asked for: it is not implemented"):
+        negotiate(MODERN | feature("ADMIN_VQ").mask, [feature("ADMIN_VQ")])
 
 
 def test_a_feature_falls_with_what_it_depends_on() -> None:

@@ -18,6 +18,7 @@ from netbridge.virtio.errors import (
     Gone,
     Misbehaved,
     NeedsReset,
+    NotOffered,
     QueueUnusable,
     ResetTimeout,
     VectorRefused,
@@ -32,6 +33,7 @@ from tests.unit.virtio_fakes import (
     ALL_SUPPORTED,
     IOVA,
     MAC,
+    USUAL,
     FakeDma,
     FakePciFunction,
     FakeTransport,
@@ -50,7 +52,7 @@ A, D, OK, FOK, NEEDS, FAILED = (
 
 
 # What comes of it all while one queue pair is wanted.
-ONE_PAIR = ALL_SUPPORTED & ~mask_of("MQ", "RSS") & ~features.OFFLOAD_MASK
+ONE_PAIR = USUAL & ~mask_of("MQ", "RSS") & ~features.OFFLOAD_MASK
 
 
 class Bench:
@@ -179,6 +181,70 @@ def test_what_the_device_is_told_of_its_queues(make: Make) -> None:
     assert all(start % 64 == 0 for start, _ in places)
 
 
+def test_what_the_device_is_told_of_packed_queues_of_any_size(make: Make) -> None:
+    bench = make(NetModel(offered=ALL_SUPPORTED, queue_sizes=(100, 77, 64)))
+    bench.net.configure()
+    assert bench.net.negotiation.has(features.RING_PACKED)
+    (block,) = bench.dma.open
+    for queue, size in zip(bench.model.queues[:2], (100, 77), strict=True):
+        assert queue.size == size
+        assert queue.descriptors % 16 == 0
+        assert queue.driver_area % 4 == 0
+        assert queue.device_area % 4 == 0
+        assert queue.driver_area >= queue.descriptors + 16 * size
+        assert queue.device_area >= queue.driver_area + 4
+        assert queue.device_area + 4 <= IOVA + block.size
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_each_ring_feature_can_be_turned_off(make: Make, packed: bool) -> None:
+    for name in ("EVENT_IDX", "INDIRECT_DESC", "IN_ORDER", "NOTIFICATION_DATA", "RING_RESET"):
+        off = [name] if packed else [name, "RING_PACKED"]
+        bench = make(NetModel(offered=ALL_SUPPORTED), wanted=features.select(off=off))
+        bench.net.configure()
+        bench.net.start()
+        assert not bench.net.negotiation.has(features.feature(name))
+        assert bench.net.negotiation.has(features.RING_PACKED) == packed
+
+
+def test_a_queue_is_reset_alone_and_set_up_as_before(make: Make) -> None:
+    bench = make()
+    bench.net.configure()
+    with pytest.raises(WrongState):
+        bench.net.reset_queue(bench.net.tx)
+    bench.net.start()
+    before = bench.model.queues[1]
+    assert bench.net.reset_queue(bench.net.tx) == []
+    after = bench.model.queues[1]
+    assert after is not before
+    assert after == before
+    assert after.enabled
+    assert bench.model.log[-3:] == [("reset queue", 1), ("queue", 1, 256), ("enable", 1)]
+
+
+def test_without_ring_reset_no_queue_is_reset_alone(make: Make) -> None:
+    bench = make(NetModel(offered=USUAL & ~features.RING_RESET.mask))
+    bench.net.configure()
+    bench.net.start()
+    with pytest.raises(NotOffered, match="RING_RESET"):
+        bench.net.reset_queue(bench.net.tx)
+
+
+@pytest.mark.parametrize(
+    ("switch", "error"), [("never_resets_queues", ResetTimeout), ("stays_enabled_alone", Misbehaved)]
+)
+def test_a_queue_that_is_not_reset_is_told(switch: str, error: type[Exception]) -> None:
+    model = NetModel()
+    function = FakePciFunction(model)
+    with NetDevice(VirtioPci(function), FakeDma(), reset_deadline_s=0.01) as net:
+        net.configure()
+        net.start()
+        setattr(model, switch, True)
+        with pytest.raises(error, match="queue 1"):
+            net.reset_queue(net.tx)
+    function.close()
+
+
 def test_queues_are_made_in_the_core_on_zeroed_memory(make: Make) -> None:
     bench = make()
     bench.net.configure()
@@ -193,19 +259,18 @@ def test_every_queue_of_the_core_is_freed(make: Make, monkeypatch: pytest.Monkey
     alive: list[object] = []
 
     class Counting:
-        nb_virtqueue_layout = lib.nb_virtqueue_layout
+        def __getattr__(self, name: str) -> object:
+            return getattr(lib, name)
 
-        @staticmethod
-        def nb_virtqueue_new(*arguments: object) -> object:
-            alive.append(lib.nb_virtqueue_new(*arguments))
+        def nb_virtqueue_new(self, config: object) -> object:
+            alive.append(lib.nb_virtqueue_new(config))
             return alive[-1]
 
-        @staticmethod
-        def nb_virtqueue_free(queue: object) -> None:
+        def nb_virtqueue_free(self, queue: object) -> None:
             alive.remove(queue)
             lib.nb_virtqueue_free(queue)
 
-    monkeypatch.setattr("netbridge.virtio.queues.lib", Counting)
+    monkeypatch.setattr("netbridge.virtio.queues.lib", Counting())
     bench = make()
     bench.net.configure()
     assert alive[:2] == [bench.net.rx.handle, bench.net.tx.handle]

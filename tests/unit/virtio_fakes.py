@@ -13,13 +13,17 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from netbridge.virtio import pci
+from netbridge.virtio import features, pci
 from netbridge.virtio.features import SUPPORTED
 from netbridge.virtio.transport import NO_VECTOR, RESET_DEADLINE_S, QueueSetup, Status, await_reset
 from vfio import ConfigSpace, Memory, Unsupported
 
 MAC = bytes.fromhex("525400123456")
 IOVA = 0x5_0000_0000  # above 4 GiB, so that a lost upper half shows
+
+
+# What a device offers that is not told otherwise. Few have packed rings.
+USUAL = sum(item.mask for item in SUPPORTED if item.name != "RING_PACKED")
 
 
 def mask_of(*names: str) -> int:
@@ -44,13 +48,14 @@ class Queue:
     vector: int = NO_VECTOR
     enabled: bool = False
     notify_off: int = 0
+    resetting: int = 0  # what queue_reset reads
 
 
 @dataclass
 class NetModel:
     """The device. Switches first, then its state."""
 
-    offered: int = ALL_SUPPORTED
+    offered: int = USUAL
     queue_sizes: tuple[int, ...] = (256, 256, 64)
     vectors: int = 4
     mac: bytes = MAC
@@ -68,6 +73,8 @@ class NetModel:
     needs_reset_on: Status | None = None  # asks for a reset when this bit is set
     ignores_driver_ok: bool = False
     stays_enabled: bool = False  # queues survive a reset
+    never_resets_queues: bool = False
+    stays_enabled_alone: bool = False  # a queue survives its own reset
     gone: bool = False
 
     status: int = 0
@@ -154,8 +161,18 @@ class NetModel:
         self.log.append(("enable", index))
         self.queues[index].enabled = True
 
-    def notify(self, index: int) -> None:
+    def reset_queue(self, index: int) -> None:
+        assert self.accepted & features.RING_RESET.mask, "nothing resets a queue that was not agreed to be"
+        self.log.append(("reset queue", index))
+        before = self.queues[index]
+        fresh = Queue(largest=before.largest, size=before.largest, notify_off=before.notify_off)
+        self.queues[index] = fresh
+        fresh.resetting, fresh.enabled = int(self.never_resets_queues), self.stays_enabled_alone
+
+    def notify(self, index: int, data: int | None = None) -> None:
         assert self.status & Status.DRIVER_OK, "no notification before DRIVER_OK"
+        with_data = bool(self.accepted & features.NOTIFICATION_DATA.mask)
+        assert with_data == (data is not None), "how a notification looks is agreed on"
         self.log.append(("notify", index))
         self.notified.append(index)
 
@@ -237,13 +254,17 @@ class FakeTransport:
     def enable_queue(self, index: int) -> None:
         self.model.enable(index)
 
-    def notify(self, index: int) -> None:
-        self.model.notify(index)
+    def reset_queue(self, index: int, deadline_s: float = RESET_DEADLINE_S) -> None:
+        self._maybe_fail("reset_queue")
+        self.model.reset_queue(index)
+
+    def notify(self, index: int, data: int | None = None) -> None:
+        self.model.notify(index, data)
 
     def notify_fd(self, index: int) -> int:
         return -1
 
-    def notify_address(self, index: int) -> int:
+    def notify_address(self, index: int, width: int = 2) -> int:
         return self._registers.address + 4 * index
 
     def enable_vectors(self, eventfds: Sequence[int]) -> None:
@@ -520,14 +541,18 @@ class FakeBar:
             "queue_msix_vector": queue.vector,
             "queue_enable": int(queue.enabled),
             "queue_notify_off": queue.notify_off,
+            "queue_reset": queue.resetting,
         }[name]
 
     def _write(self, offset: int, width: int, value: int) -> None:
         assert not self.closed
         model, queue = self._model, self._queue
         if NOTIFY_AT <= offset < NOTIFY_AT + 0x1000:
-            assert width == 2
-            model.notify(value)
+            if width == 4:
+                model.notify(value & 0xFFFF, value)
+            else:
+                assert width == 2
+                model.notify(value)
             return
         name = self._names[(offset, width)]
         self.accesses.append(("write", name, value))
@@ -540,6 +565,9 @@ class FakeBar:
             model.set_config_vector(value)
         elif name == "device_status":
             model.write_status(value)
+        elif name == "queue_reset":
+            assert value == 1, "a driver never writes 0 to queue_reset"
+            model.reset_queue(self._select["queue_select"])
         elif name == "queue_enable":
             assert value == 1, "a driver never writes 0 to queue_enable"
             model.enable(self._select["queue_select"])

@@ -190,6 +190,8 @@ struct nb_virtqueue *nb_virtqueue_new(const struct nb_virtqueue_config *config);
 void nb_virtqueue_free(struct nb_virtqueue *queue);
 /* Chains that the device has. */
 uint16_t nb_virtqueue_in_flight(const struct nb_virtqueue *queue);
+/* With NOTIFICATION_DATA: what is written to notify the device of everything added so far (virtio 1.3 §2.9). */
+uint32_t nb_virtqueue_notification(const struct nb_virtqueue *queue);
 /* As new, memory and all, after the device was told to forget it. Puts the tokens of the chains that were in flight into
  * `tokens`, room for `size` of them, in no particular order, and returns how many they are. */
 uint32_t nb_virtqueue_reset(struct nb_virtqueue *queue, uint32_t *tokens);

@@ -82,6 +82,8 @@ void nb_virtqueue_free(struct nb_virtqueue *queue) { free(queue); }
 
 uint16_t nb_virtqueue_in_flight(const struct nb_virtqueue *queue) { return queue->chains_in_flight; }
 
+uint32_t nb_virtqueue_notification(const struct nb_virtqueue *queue) { return virtqueue_notification(queue); }
+
 uint32_t nb_virtqueue_reset(struct nb_virtqueue *queue, uint32_t *tokens)
 {
     struct nb_virtqueue_layout layout;

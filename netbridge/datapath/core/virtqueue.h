@@ -70,18 +70,22 @@ static inline bool virtqueue_publish(struct nb_virtqueue *queue)
     return wanted;
 }
 
-/* Notifies the device. What it is told with NOTIFICATION_DATA is how far the ring is filled (virtio 1.3 §2.9, §4.1.5.2). */
+/* What a notification says with NOTIFICATION_DATA: the queue, and how far it is filled (virtio 1.3 §2.9, §4.1.5.2). */
+static inline uint32_t virtqueue_notification(const struct nb_virtqueue *queue)
+{
+    uint16_t at = queue->packed ? packed_off_wrap(queue, queue->avail_next) : queue->avail_next;
+    return (uint32_t)at << 16 | queue->config.index;
+}
+
 static inline void virtqueue_notify(const struct nb_virtqueue *queue)
 {
     const struct nb_virtqueue_config *config = &queue->config;
-    if (config->kick_fd >= 0) {
+    if (config->kick_fd >= 0)
         (void)!eventfd_write(config->kick_fd, 1);
-    } else if (config->features & NB_RING_NOTIFICATION_DATA) {
-        uint16_t at = queue->packed ? packed_off_wrap(queue, queue->avail_next) : queue->avail_next;
-        *(volatile uint32_t *)config->notify = (uint32_t)at << 16 | config->index;
-    } else {
+    else if (config->features & NB_RING_NOTIFICATION_DATA)
+        *(volatile uint32_t *)config->notify = virtqueue_notification(queue);
+    else
         *(volatile uint16_t *)config->notify = config->index;
-    }
 }
 
 /* Looks what the device has completed: 0: nothing; otherwise virtqueue_take() gives some, and no more than this; or

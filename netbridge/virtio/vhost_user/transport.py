@@ -338,10 +338,13 @@ class VhostUser:
             for index in self._started:
                 self._tell(Request.SET_VRING_ENABLE, messages.vring_state(index, 1))
 
-    def notify(self, index: int) -> None:
+    def reset_queue(self, index: int, deadline_s: float = RESET_DEADLINE_S) -> None:  # noqa: ARG002 - the protocol's
+        raise Misbehaved(f"{self.name}: queue {index} cannot be reset alone: RING_RESET is never agreed")
+
+    def notify(self, index: int, data: int | None = None) -> None:  # noqa: ARG002 - the protocol's
         os.eventfd_write(self.notify_fd(index), 1)
 
-    def notify_address(self, index: int) -> int:  # noqa: ARG002 - the protocol's
+    def notify_address(self, index: int, width: int = 2) -> int:  # noqa: ARG002 - the protocol's
         return 0
 
     def notify_fd(self, index: int) -> int:

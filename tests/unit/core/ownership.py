@@ -18,7 +18,7 @@ KIND_RX, KIND_TX, KIND_ACK = 1, 2, 3
 SESSION = 0xBEEF
 STRIDE, HEADROOM, HEADER = 512, 64, 12
 ROOM = STRIDE - HEADROOM
-RX_IOVA, TX_IOVA, HEADER_IOVA = 0x4000_0000, 0x5000_0000, 0x6000_0000
+RX_IOVA, TX_IOVA, HEADER_IOVA, QUEUE_IOVA = 0x4000_0000, 0x5000_0000, 0x6000_0000, 0x7000_0000
 
 _ENTRY = struct.Struct("<QIHBB")
 _DESCRIPTOR = struct.Struct("<QIHH")
@@ -87,11 +87,23 @@ class Chain:
 
 
 class Queue:
-    """A split virtqueue from the device's end (virtio 1.3 §2.7)."""
+    """What the two formats of a virtqueue have in common, from the device's end. `indirect`: chains are in tables."""
 
-    def __init__(self, index: int, size: int) -> None:
+    ring_features = 0
+
+    def __init__(self, index: int, size: int, *, indirect: bool = False) -> None:
         layout = ffi.new("struct nb_virtqueue_layout *")
-        config = ffi.new("struct nb_virtqueue_config *", {"index": index, "size": size, "kick_fd": -1})
+        config = ffi.new(
+            "struct nb_virtqueue_config *",
+            {
+                "index": index,
+                "size": size,
+                "table_segments": 2 if indirect and size > 1 else 0,
+                "features": self.ring_features,
+                "iova": QUEUE_IOVA,
+                "kick_fd": -1,
+            },
+        )
         assert lib.nb_virtqueue_layout(config, layout) == 0
         self.size = size
         self.memory = ffi.new("uint8_t[]", layout.bytes)
@@ -99,34 +111,119 @@ class Queue:
         self.notify = ffi.new("uint16_t *")
         config.memory, config.notify = self.memory, self.notify
         self.core = lib.nb_virtqueue_new(config)
-        self._descriptors, self._available, self._used = layout.desc, layout.driver, layout.device
-        self.taken = 0
-        self.used = 0
+        # Frames in flight at most, each of a header and one buffer.
+        self.frames = size if config.table_segments else size // 2
+        self._descriptors, self._driver_area, self._device_area = layout.desc, layout.driver, layout.device
+        self.taken: int = 0
+        self.used: int = 0
+
+    def pop_all(self) -> list[Chain]:
+        """The chains that the driver has made available since the last time."""
+        raise NotImplementedError
+
+    def push(self, head: int, length: int) -> None:
+        """Gives one back."""
+        raise NotImplementedError
+
+    def jump(self, in_flight: int) -> int:
+        """Claims to have used more than is in flight; the fault that this is."""
+        raise NotImplementedError
+
+    def has_place_for_two(self, head: int) -> bool:
+        """Whether a chain can be given back twice without the second writing over the first."""
+        return True
+
+    def _table(self, address: int, length: int) -> range:
+        """Where the descriptors of a table are."""
+        start = address - QUEUE_IOVA
+        return range(start, start + length, 16)
+
+
+class SplitQueue(Queue):
+    """Virtio 1.3 §2.7."""
 
     def pop_all(self) -> list[Chain]:
         chains = []
-        while self.taken != struct.unpack_from("<H", self.bytes, self._available + 2)[0]:
-            (head,) = struct.unpack_from("<H", self.bytes, self._available + 4 + 2 * (self.taken % self.size))
-            chains.append(Chain(head, tuple(self._descriptors_from(head))))
+        while self.taken != struct.unpack_from("<H", self.bytes, self._driver_area + 2)[0]:
+            (head,) = struct.unpack_from("<H", self.bytes, self._driver_area + 4 + 2 * (self.taken % self.size))
+            chains.append(Chain(head, tuple(self._chain(self._descriptors, head))))
             self.taken = (self.taken + 1) % 65536
         return chains
 
-    def _descriptors_from(self, number: int) -> list[tuple[int, int, int]]:
+    def _chain(self, table: int, number: int) -> list[tuple[int, int, int]]:
         found = []
         while True:
-            address, length, flags, following = _DESCRIPTOR.unpack_from(self.bytes, self._descriptors + 16 * number)
+            address, length, flags, following = _DESCRIPTOR.unpack_from(self.bytes, table + 16 * number)
+            if flags & 4:
+                return self._chain(self._table(address, length).start, 0)
             found.append((address, length, flags & ~1))
             if not flags & 1:
                 return found
             number = following
 
     def push(self, head: int, length: int) -> None:
-        _USED.pack_into(self.bytes, self._used + 4 + 8 * (self.used % self.size), head, length)
+        _USED.pack_into(self.bytes, self._device_area + 4 + 8 * (self.used % self.size), head, length)
         self.used += 1
-        self.announce(self.used)
+        self._announce(self.used)
 
-    def announce(self, index: int) -> None:
-        struct.pack_into("<H", self.bytes, self._used + 2, index % 65536)
+    def jump(self, in_flight: int) -> int:
+        self._announce(self.used + in_flight + 1)
+        return int(lib.NB_FAULT_USED_JUMP)
+
+    def _announce(self, index: int) -> None:
+        struct.pack_into("<H", self.bytes, self._device_area + 2, index % 65536)
+
+
+class PackedQueue(Queue):
+    """Virtio 1.3 §2.8. Positions count two laps of the ring: the wrap counter is 1 in the first."""
+
+    ring_features: int = lib.NB_RING_PACKED
+
+    def __init__(self, index: int, size: int, *, indirect: bool = False) -> None:
+        super().__init__(index, size, indirect=indirect)
+        self._lengths: dict[int, int] = {}
+
+    def _place(self, position: int) -> int:
+        return self._descriptors + 16 * (position % self.size)
+
+    def _later(self, position: int, by: int) -> int:
+        return int((position + by) % (2 * self.size))
+
+    def pop_all(self) -> list[Chain]:
+        chains = []
+        while self._is_available(self.taken):
+            found: list[tuple[int, int, int]] = []
+            count, more = 0, True
+            while more:
+                assert self._is_available(self.taken)
+                address, length, number, flags = _DESCRIPTOR.unpack_from(self.bytes, self._place(self.taken))
+                rows = [self._place(self.taken)] if not flags & 4 else self._table(address, length)
+                for row in rows:
+                    address, length, _, row_flags = _DESCRIPTOR.unpack_from(self.bytes, row)
+                    found.append((address, length, row_flags & 2))
+                self.taken, count, more = self._later(self.taken, 1), count + 1, bool(flags & 1)
+            assert number not in self._lengths
+            self._lengths[number] = count
+            chains.append(Chain(number, tuple(found)))
+        return chains
+
+    def _is_available(self, position: int) -> bool:
+        flags = int(struct.unpack_from("<H", self.bytes, self._place(position) + 14)[0])
+        return bool(flags & 0x80) != bool(flags & 0x8000) and bool(flags & 0x80) == (position < self.size)
+
+    def push(self, head: int, length: int) -> None:
+        flags = 0x8080 if self.used < self.size else 0
+        struct.pack_into("<IHH", self.bytes, self._place(self.used) + 8, length, head, flags)
+        self.used = self._later(self.used, self._lengths.pop(head, 1))
+
+    def has_place_for_two(self, head: int) -> bool:
+        return self._lengths[head] < self.size
+
+    def jump(self, in_flight: int) -> int:
+        """There is no index to jump; a descriptor that nothing is in flight for will do."""
+        idle = next(number for number in range(self.size + 1) if number not in self._lengths)
+        self.push(idle, 0)
+        return int(lib.NB_FAULT_USED_ID if in_flight else lib.NB_FAULT_USED_JUMP)
 
 
 class World:
@@ -141,10 +238,14 @@ class World:
         tx_count: int,
         limit: int,
         burst: int,
+        packed: bool = False,
+        indirect: bool = False,
         session: int = SESSION,
     ) -> None:
         self.rx_count, self.tx_count = rx_count, tx_count
-        self.rx_queue, self.tx_queue = Queue(0, rx_size), Queue(1, tx_size)
+        kind = PackedQueue if packed else SplitQueue
+        self.rx_queue: Queue = kind(0, rx_size, indirect=indirect)
+        self.tx_queue: Queue = kind(1, tx_size, indirect=indirect)
         self.rx_memory = ffi.new("uint8_t[]", rx_count * STRIDE)
         self.tx_memory = ffi.new("uint8_t[]", tx_count * STRIDE)
         self.rx_bytes, self.tx_bytes = ffi.buffer(self.rx_memory), ffi.buffer(self.tx_memory)

@@ -1,0 +1,88 @@
+"""Real frames both ways over every kind of ring that QEMU's device has: the format, how it interrupts, and whether a
+frame may span buffers; and each ring feature turned off by itself. One guest serves for all.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+
+import pytest
+
+from qemu.command import Nic
+from qemu.guest import Guest
+from qemu.pytest_plugin import Session
+from tests.e2e import testbed
+from tests.e2e.traffic import BURST, Generator, reflected
+
+REPLY_SECONDS = 10.0
+RING_FEATURES = ("EVENT_IDX", "INDIRECT_DESC", "RING_RESET")
+
+FORMATS = {"packed": (), "split": ("RING_PACKED",)}
+MERGING = {"merging": (), "one-buffer": ("MRG_RXBUF",)}
+MATRIX = [
+    pytest.param(irq, (*FORMATS[ring], *MERGING[merge]), id=f"{ring}-{irq}-{merge}")
+    for ring, irq, merge in itertools.product(FORMATS, ("msix", "intx"), MERGING)
+]
+WITHOUT_ONE = [
+    pytest.param("msix", (*FORMATS[ring], *off), id=f"{ring}-without-{'-'.join(off)}")
+    for ring in FORMATS
+    for off in (*((feature,) for feature in RING_FEATURES), RING_FEATURES)
+]
+
+
+@pytest.fixture(scope="module")
+def packing(guests: Session) -> Iterator[Guest]:
+    """A guest whose NIC has every ring feature that QEMU knows, and queues of more entries than usual."""
+    nic = Nic(properties={"packed": "on"}, rx_queue_size=512)
+    with guests.boot("matrix", nics=[nic]) as guest:
+        yield guest
+
+
+def agreed(guest: Guest) -> str:
+    """The features that the device was told of, in QEMU's words."""
+    path = f"/machine/peripheral/{guest.machine.nics[0].id}/virtio-backend"
+    return str(guest.qmp("x-query-virtio-status", path=path)["guest-features"])
+
+
+def line_of(guest: Guest, irq: str) -> str:
+    """What the manifest says of the interrupt."""
+    if irq == "msix":
+        return irq
+    address = testbed.nics(guest)[0][0]
+    return str(int(guest.run(["od", "-An", "-tu1", "-j60", "-N1", f"/sys/bus/pci/devices/{address}/config"]).stdout))
+
+
+@pytest.mark.parametrize(("irq", "off"), MATRIX + WITHOUT_ONE)
+def test_every_frame_comes_back_over_this_ring(packing: Guest, irq: str, off: Sequence[str]) -> None:
+    wire = packing.wire
+    before = wire.sent, wire.received
+    options = [word for feature in off for word in ("--without", feature)]
+    with testbed.running(packing, irq=line_of(packing, irq), options=options) as bed:
+        words = agreed(packing)
+        for feature in ("RING_PACKED", "MRG_RXBUF", *RING_FEATURES):
+            assert (feature in words) != (feature in off), words
+        make = Generator(bed.mac)
+        # More than two laps of the larger queue, in bursts and one at a time; then one that nothing may come before.
+        for frames, window in (
+            (make.raw(4 * BURST), 64),
+            (make.udp(BURST), BURST),
+            (make.icmp(32), 1),
+            (make.raw(1), 1),
+        ):
+            wire.exchange(frames, reply=reflected, window=window, timeout=REPLY_SECONDS).check()
+        assert not wire.drain()
+        bed.stop()
+    driver, echo = bed.final["driver"], bed.final["echo"]
+    account = {
+        "sent": wire.sent - before[0],
+        "packets_rx": driver["packets_rx"],
+        "echoed": echo["frames"],
+        "packets_tx": driver["packets_tx"],
+        "received": wire.received - before[1],
+    }
+    assert account == dict.fromkeys(account, 5 * BURST + 33)
+    assert driver["bytes_rx"] == driver["bytes_tx"] == echo["bytes"]
+    for faults in ("drops", "refused_handles", "device_faults"):
+        assert not any(driver[faults].values()), driver[faults]
+    assert not packing.iommu_faults()

@@ -11,7 +11,7 @@ import pytest
 
 from qemu.command import Nic
 from qemu.guest import Guest
-from qemu.pytest_plugin import Session
+from qemu.session import Session
 from tests.e2e import testbed
 from tests.e2e.traffic import BURST, Generator, reflected
 

@@ -184,7 +184,7 @@ class PackedQueue(Queue):
         self._lengths: dict[int, int] = {}
 
     def _place(self, position: int) -> int:
-        return self._descriptors + 16 * (position % self.size)
+        return int(self._descriptors + 16 * (position % self.size))
 
     def _later(self, position: int, by: int) -> int:
         return int((position + by) % (2 * self.size))

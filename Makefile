@@ -19,7 +19,7 @@ KERNEL ?= debian
 SETUP := $(VENV)/.set-up
 C_SOURCES := $(wildcard netbridge/datapath/core/*.[ch]) netbridge/datapath/build.py
 
-.PHONY: help setup demo test unit sanitize thorough sandbox-test qemu-test bench faults timing flakes lint format shell clean
+.PHONY: help setup demo test unit sanitize thorough sandbox-test qemu-test bench faults coverage timing flakes lint format shell clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -110,6 +110,9 @@ bench-quick: $(BENCH_SETUP) | host-dpdk ## the same with fewer metrics and round
 
 faults: $(SETUP) ## what may go wrong, at every moment: kills, unplugs, links, clocks, and the exact account afterwards
 	$(PYTEST) tests/faults -n 2 --junitxml=build/tests/faults.xml --accel $(ACCEL) $(ARGS)
+
+coverage: $(SETUP) ## what of the code the tests run: Python on the host and in a guest, and the C core
+	$(PY) -m tests.measure_coverage --accel $(ACCEL) $(ARGS)
 
 timing: $(SETUP) ## where the time goes until a guest is up
 	$(PY) -m qemu.timing --accel $(ACCEL) $(ARGS)

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from qemu.guest import Guest
+    from qemu.inside import Inside
 
 NETWORK = "import ctypes, sys; sys.exit(ctypes.CDLL(None).unshare(0x40000000) != 0)"  # CLONE_NEWNET, linux/sched.h
 
@@ -41,18 +41,21 @@ def lacks_root() -> str | None:
     return f"needs root: this user ({os.geteuid()}) may make no network namespace"
 
 
-def lacks_kvm(guest: Guest) -> str | None:
-    return None if guest.accel.name == "kvm" else f"needs KVM: guests run under {guest.accel}"
+def lacks_kvm(guest: Inside) -> str | None:
+    # A box of metal has no accelerator, and is as fast.
+    accelerator = getattr(guest, "accel", None)
+    slow = accelerator is not None and accelerator.name != "kvm"
+    return f"needs KVM: guests run under {accelerator}" if slow else None
 
 
-def lacks_iommufd(guest: Guest) -> str | None:
+def lacks_iommufd(guest: Inside) -> str | None:
     if guest.eval("import os; os.path.exists('/dev/iommu')"):
         return None
     kernel = guest.agent.hello["kernel"] if guest.agent.hello else "its kernel"
     return f"needs iommufd: the guest's kernel ({kernel}) has no /dev/iommu"
 
 
-def lacks_hugepages(guest: Guest, wanted: int = 1) -> str | None:
+def lacks_hugepages(guest: Inside, wanted: int = 1) -> str | None:
     guest.eval(HUGE_PAGES)
     there = guest.eval(f"_huge_pages({wanted})")
     return None if there >= wanted else f"needs {wanted} huge pages: the guest could make {there}"

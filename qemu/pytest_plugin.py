@@ -42,6 +42,7 @@ from qemu.dimensions import Dimensions
 from qemu.errors import HarnessError
 from qemu.guest import Guest
 from qemu.images import Image
+from qemu.inside import Inside
 from qemu.remote import Report
 from qemu.session import Booted, Session, summary
 from qemu.truth import KINDS, STALL, Truth
@@ -65,6 +66,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     group.addoption(
         "--shell-on-fail", action="store_true", help="when a test fails: a shell in its guest as it is at that moment"
+    )
+    group.addoption(
+        "--guest-coverage", type=Path, default=None, metavar="DIR", help="where data on what ran in the guest go"
     )
     group.addoption(
         "--artefacts", type=Path, default=None, metavar="DIR", help="where consoles, captures and logs go (build/tests)"
@@ -223,7 +227,7 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
     return True
 
 
-def _lacking(item: pytest.Item, guest: Guest | None) -> str | None:
+def _lacking(item: pytest.Item, guest: Inside | None) -> str | None:
     """The first need of a test that is not met; without a guest, only those that the host can meet are looked at."""
     for name, probe in capabilities.OF_HOST.items():
         if item.get_closest_marker(name) and (reason := probe()):

@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import json
 import signal
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from qemu.agent import CommandError, GuestProcess
-from qemu.guest import Guest
+from qemu.inside import Inside
 
 HOME = "/run/harness"
 PLUGIN = Path(__file__).parents[1] / "images" / "remote_pytest.py"
 START_SECONDS = 60.0
 DIE_SECONDS = 5.0
+SAVE_SECONDS = 30.0
+COVERAGE_DATA = f"{HOME}/coverage.data"
 
 
 @dataclass
@@ -42,18 +45,20 @@ class RemoteTests:
     """A resident pytest in `guest`, which has collected `paths` below `root`, the guest's copy of the project.
 
     `options` are more arguments for it; `configuration` is the host's file of pytest settings, used there too; `log`
-    gets what it prints besides reports.
+    gets what it prints besides reports. Into the directory `coverage` comes, when it is closed, a file of coverage.py's
+    data on the Python below `root` that ran in it.
     """
 
     def __init__(
         self,
-        guest: Guest,
+        guest: Inside,
         paths: Sequence[str],
         *,
         root: str,
         log: Path,
         options: Sequence[str] = (),
         configuration: Path | None = None,
+        coverage: Path | None = None,
     ):
         self.guest = guest
         self._paths = list(paths)
@@ -61,6 +66,7 @@ class RemoteTests:
         self._log = log
         self._options = list(options)
         self._configuration = configuration
+        self._coverage = coverage
         self._process: GuestProcess | None = None
         self._position = 0
         self._partial = b""
@@ -106,12 +112,24 @@ class RemoteTests:
             options += ["-c", f"{HOME}/{self._configuration.name}"]
         self._position, self._partial = 0, b""
         self._process = self.guest.start(
-            ["python3", "-m", "pytest", *options, *self._paths],
+            ["python3", "-m", *self._measured(), "pytest", *options, *self._paths],
             cwd=self._root,
-            env={"PYTHONPATH": f"{HOME}:{self._root}", "PYTHONDONTWRITEBYTECODE": "1"},
+            # coverage.py's own C would have to be compiled for the guest; what Python brings since 3.12 needs none.
+            env={"PYTHONPATH": f"{HOME}:{self._root}", "PYTHONDONTWRITEBYTECODE": "1", "COVERAGE_CORE": "sysmon"},
             stdin=True,
         )
         self._event(START_SECONDS)
+
+    def _measured(self) -> list[str]:
+        """The words that have coverage.py run what follows, after it was put there."""
+        if self._coverage is None:
+            return []
+        import coverage
+
+        package = Path(coverage.__file__).parent
+        for file in package.glob("*.py"):
+            self.guest.put(file, f"{HOME}/coverage/{file.name}")
+        return ["coverage", "run", f"--data-file={COVERAGE_DATA}", f"--source={self._root}", "-m"]
 
     def _event(self, timeout: float) -> dict[str, Any] | None:
         """The next event; None when the process has ended."""
@@ -148,7 +166,9 @@ class RemoteTests:
         if self._process is not None and self._process.running and self.guest.lost is None:
             self._process.close_stdin()
             try:
-                self._process.wait(DIE_SECONDS)
+                self._process.wait(DIE_SECONDS if self._coverage is None else SAVE_SECONDS)
+                if self._coverage is not None:
+                    self.guest.get(COVERAGE_DATA, self._coverage / f"data.guest.{time.time_ns()}")
             except CommandError:
                 self._process.kill()
         self._keep_log()

@@ -167,7 +167,13 @@ class Session:
             log = guest.artefacts / "guest-pytest.log"
             options = ["-o", f"addopts={shlex.join(for_guest(self.config.getini('addopts')))}"]
             self._remote = RemoteTests(
-                guest, paths, root=root, log=log, options=options, configuration=self.config.inipath
+                guest,
+                paths,
+                root=root,
+                log=log,
+                options=options,
+                configuration=self.config.inipath,
+                coverage=self.config.getoption("guest_coverage"),
             )
         return self._remote
 

@@ -429,3 +429,16 @@ def test_the_port_is_found_by_name(tmp_path: Path) -> None:
 def test_ping_is_quick(agent: Agent) -> None:
     times = sorted(agent.ping() for _ in itertools.repeat(None, 50))
     assert times[25] < 0.05
+
+
+def test_a_command_is_halted_where_it_prints_a_line(local: Local) -> None:
+    script = "echo one; echo two half; echo three; echo four; exec sleep 100"
+    with local.agent.start(["sh", "-c", script], halt_at="three") as process:
+        process.wait_halted(10)
+        assert process.pid is not None
+        state = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0]
+        assert state == "T"
+        process.go_on()
+        process.wait_for_line("four", 10)
+    with pytest.raises(CommandFailed):
+        local.agent.start(["true"], halt_at="never").wait_halted(10)

@@ -1,0 +1,248 @@
+"""A machine of metal in place of a guest: the same agent and the same verbs, over ssh or any other command.
+
+A box is described by a TOML file (paths and addresses are examples):
+
+    name = "bench-3"
+    host = "root@bench-3"                 # for ssh
+    nic = "0000:03:00.0"                  # the function that tests may take
+    connect = ["ssh", "-o", "BatchMode=yes", "{host}"]
+    console = ["conserver", "-M", "hub", "bench-3"]   # optional: prints what comes by the serial port
+    power = ["fence", "{host}", "{action}"]           # optional: action is on, off or cycle
+    root = "/run/harness/code"            # where tests and what they test are put
+
+`connect` is a command that takes one more argument, a line for the shell of the box, and joins its standard streams
+with ours. Nothing is installed there: the agent travels over it, and ends with it. The box needs Python 3.9 or later.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import shlex
+import shutil
+import signal as signals
+import socket
+import subprocess
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from qemu.agent import Agent
+from qemu.console import TROUBLE, Console
+from qemu.errors import GuestLost, HarnessError, ToolMissing
+from qemu.inside import Inside
+from qemu.settings import read_toml
+
+AGENT = Path(__file__).parents[1] / "images" / "agent.py"
+GREET_SECONDS = 30.0
+POWER_SECONDS = 60.0
+RETRY_SECONDS = 2.0
+ACTIONS = ("on", "off", "cycle")
+ADDRESS = re.compile(r"[0-9a-f]{4}:[0-9a-f]{2}:[01][0-9a-f]\.[0-7]")
+
+# Runs there: reads the agent from its input, gives it a socket, and carries bytes between that and the two streams.
+BOOTSTRAP = """
+import os, select, socket, sys
+def exactly(count):
+    data = b""
+    while len(data) < count:
+        part = os.read(0, count - len(data))
+        if not part:
+            sys.exit(1)
+        data += part
+    return data
+source = exactly(int.from_bytes(exactly(4), "big"))
+ours, theirs = socket.socketpair()
+child = os.fork()
+if not child:
+    ours.close()
+    os.setsid()
+    nothing = os.open("/dev/null", os.O_RDWR)
+    os.dup2(nothing, 0)
+    os.dup2(2, 1)
+    names = {"__name__": "agent", "__file__": "agent.py"}
+    exec(compile(source, "agent.py", "exec"), names)
+    os._exit(names["main"](["--fd", str(theirs.fileno())]))
+theirs.close()
+ends = {0: ours.fileno(), ours.fileno(): 1}
+poll = select.poll()
+for fd in ends:
+    poll.register(fd, select.POLLIN)
+while True:
+    for fd, _ in poll.poll():
+        data = os.read(fd, 1 << 16)
+        if not data:
+            os._exit(0)
+        while data:
+            data = data[os.write(ends[fd], data):]
+"""
+
+
+@dataclass(frozen=True)
+class BoxDescription:
+    """What there is to know about a box. Empty commands are those it does not have."""
+
+    name: str
+    host: str
+    nic: str
+    connect: tuple[str, ...]
+    console: tuple[str, ...] = ()
+    power: tuple[str, ...] = ()
+    root: str = "/run/harness/code"
+    python: str = "python3"
+
+    @classmethod
+    def load(cls, path: Path) -> BoxDescription:
+        """Raises RecipeError, naming file, key and what was expected."""
+        table = read_toml(path)
+        made = cls(
+            name=table.string("name", "a name", default=path.stem),
+            host=table.string("host", 'whom ssh is to call, such as "root@bench-3"'),
+            nic=table.string("nic", 'a PCI address such as "0000:03:00.0"', valid=ADDRESS.fullmatch),
+            connect=table.strings("connect", "a command", default=("ssh", "-o", "BatchMode=yes", "{host}")),
+            console=table.strings("console", "a command that prints the serial console", default=()),
+            power=table.strings("power", "a command with {action} in it", default=()),
+            root=table.string("root", "an absolute path", default=cls.root, valid=lambda text: text.startswith("/")),
+            python=table.string("python", "the name of Python there", default=cls.python),
+        )
+        if made.power and not any("{action}" in word for word in made.power):
+            table.refuse("power", "a command with {action} in it")
+        table.finish()
+        return made
+
+    def words(self, command: Sequence[str], action: str = "") -> list[str]:
+        """A command with what stands in braces filled in."""
+        return [word.replace("{host}", self.host).replace("{action}", action) for word in command]
+
+
+class Box(Inside):
+    """A box that is connected. Ended by close() or by leaving the with block; the box itself goes on running."""
+
+    def __init__(self, description: BoxDescription, artefacts: Path):
+        """Raises ToolMissing, or GuestLost with what the connecting command said."""
+        self.description = description
+        self.artefacts = artefacts
+        artefacts.mkdir(parents=True, exist_ok=True)
+        self._console: Console | None = None
+        self._log_before = 0
+        with contextlib.ExitStack() as stack:
+            if description.console:
+                self._listen(stack)
+            self._connect()
+            stack.callback(self._hang_up)
+            self._stack = stack.pop_all()
+        self._log_before = len(self.dmesg().splitlines())
+
+    def _listen(self, stack: contextlib.ExitStack) -> None:
+        ours, theirs = socket.socketpair()
+        self._console = Console(ours)
+        stack.callback(self._console.close)
+        command = self.description.words(self.description.console)
+        with theirs:
+            tail = _start(command, stdin=subprocess.DEVNULL, stdout=theirs, stderr=theirs)
+        stack.callback(_end, tail)
+
+    def _connect(self) -> None:
+        line = shlex.join(["exec", self.description.python, "-I", "-S", "-c", BOOTSTRAP])
+        command = [*self.description.words(self.description.connect), line]
+        ours, theirs = socket.socketpair()
+        words = self.artefacts / "connect.log"
+        try:
+            with theirs, words.open("ab") as log:
+                self._link = _start(command, stdin=theirs, stdout=theirs, stderr=log)
+        except BaseException:
+            ours.close()
+            raise
+        source = AGENT.read_bytes()
+        try:
+            ours.sendall(len(source).to_bytes(4, "big") + source)
+        except OSError:
+            pass  # it has ended already: the agent's channel tells
+        ended = f"the connection to {self.description.name} has ended"
+        self.agent = Agent(ours, why_closed=lambda: f"{ended}: {_last(words)}")
+        try:
+            self.agent.wait_ready(GREET_SECONDS)
+        except BaseException:
+            self._hang_up()
+            raise
+
+    def _hang_up(self) -> None:
+        self.agent.close()
+        _end(self._link)
+
+    @property
+    def lost(self) -> HarnessError | None:
+        if self.agent.ready:
+            return None
+        return GuestLost(f"{self.description.name} does not answer any more")
+
+    def kernel_trouble(self) -> list[str]:
+        if self._console is not None:
+            return list(self._console.trouble)
+        return [line for line in self.dmesg().splitlines()[self._log_before :] if TROUBLE.search(line)]
+
+    def power(self, action: str) -> None:
+        """Switch it on, off, or off and on. Raises HarnessError when the box has no such command or it fails."""
+        if action not in ACTIONS:
+            raise ValueError(f"a power action is one of {', '.join(ACTIONS)}, not {action!r}")
+        if not self.description.power:
+            raise HarnessError(f"{self.description.name}: its description has no power command")
+        command = self.description.words(self.description.power, action)
+        try:
+            done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=POWER_SECONDS)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise HarnessError(f"{shlex.join(command)}: {error}") from error
+        if done.returncode != 0:
+            raise HarnessError(f"{shlex.join(command)} ended with {done.returncode}: {done.stderr.strip()}")
+
+    def reconnect(self, timeout: float) -> None:
+        """Connect anew, as to a box that has just been switched on. Raises GuestLost when it does not answer."""
+        self._hang_up()
+        deadline = time.monotonic() + timeout
+        while True:
+            try:
+                self._connect()
+                break
+            except GuestLost as error:
+                if time.monotonic() + RETRY_SECONDS > deadline:
+                    raise GuestLost(f"{self.description.name} did not answer within {timeout:g} s: {error}") from error
+                time.sleep(RETRY_SECONDS)  # there is nothing to wait for: it is not there
+        self._log_before = 0
+
+    def close(self) -> None:
+        """Keep what is to be kept, and hang up. May be called again."""
+        if self.agent.ready:
+            with contextlib.suppress(HarnessError, OSError):
+                (self.artefacts / "dmesg.log").write_text(self.dmesg() + "\n")
+        if self._console is not None:
+            (self.artefacts / "console.log").write_text("\n".join(self._console.lines()) + "\n")
+        self._stack.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _start(command: Sequence[str], **streams: object) -> subprocess.Popen[bytes]:
+    if shutil.which(command[0]) is None:
+        raise ToolMissing(f"{command[0]} is not installed; the description of the box names it")
+    return subprocess.Popen(command, start_new_session=True, **streams)  # type: ignore[call-overload,no-any-return]
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    if process.poll() is None:
+        process.send_signal(signals.SIGTERM)
+        try:
+            process.wait(5)
+        except subprocess.TimeoutExpired:
+            process.kill()
+    process.wait()
+
+
+def _last(log: Path) -> str:
+    lines = log.read_text(errors="replace").strip().splitlines()
+    return lines[-1] if lines else "it said nothing"

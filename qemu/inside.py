@@ -1,0 +1,121 @@
+"""What one does inside a machine that has an agent: a guest, or a box on the desk; the same verbs for both."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from qemu.agent import Agent, Completed, GuestProcess
+from qemu.errors import HarnessError
+
+FAULT = re.compile(r"DMAR:.*\bfault addr\b|virtio_iommu.*\bfault\b")
+
+REBIND = """
+set -e
+cd /sys/bus/pci/devices/$1
+[ ! -e driver ] || basename $(readlink driver)
+[ ! -e driver ] || echo $1 >driver/unbind
+echo $2 >driver_override
+[ -z "$2" ] || { echo $1 >/sys/bus/pci/drivers_probe; [ "$(basename $(readlink driver))" = $2 ]; }
+[ "$2" = vfio-pci ] || echo >driver_override
+"""
+
+READ_KERNEL_LOG = """
+import os
+def _kernel_log():
+    fd = os.open("/dev/kmsg", os.O_RDONLY | os.O_NONBLOCK)
+    records = []
+    try:
+        while True:
+            try:
+                records.append(os.read(fd, 8192).decode(errors="replace"))
+            except BrokenPipeError:
+                continue
+            except BlockingIOError:
+                return records
+    finally:
+        os.close(fd)
+_kernel_log()
+"""
+
+
+class Inside:
+    """The verbs. Whoever inherits them has an `agent`, and knows whether the machine is `lost`."""
+
+    agent: Agent
+
+    @property
+    def lost(self) -> HarnessError | None:
+        """Why this machine is gone, or None while it is there."""
+        raise NotImplementedError
+
+    def kernel_trouble(self) -> list[str]:
+        """Lines in which the kernel complains of itself."""
+        raise NotImplementedError
+
+    def run(
+        self,
+        argv: Sequence[str],
+        *,
+        check: bool = True,
+        timeout: float = 30.0,
+        user: str | int | None = None,
+        env: Mapping[str, str] | None = None,
+        cwd: str | None = None,
+        stdin: bytes | str | None = None,
+    ) -> Completed:
+        """Run a command to its end: see Agent.run()."""
+        return self.agent.run(argv, check=check, timeout=timeout, user=user, env=env, cwd=cwd, stdin=stdin)
+
+    def start(self, argv: Sequence[str], **options: Any) -> GuestProcess:
+        """Start a command whose output is streamed: see Agent.start()."""
+        return self.agent.start(argv, **options)
+
+    def put(self, source: bytes | Path, target: str, mode: int | None = None) -> None:
+        """Write bytes, or a file or directory of the host, to a path in the guest: see Agent.put()."""
+        self.agent.put(source, target, mode)
+
+    def get(self, path: str, to: Path | None = None) -> bytes:
+        """The content of a file in the guest: see Agent.get()."""
+        return self.agent.get(path, to)
+
+    def eval(self, source: str, timeout: float = 5.0) -> Any:
+        """Run Python in the agent's own interpreter, in well under a millisecond: see Agent.eval()."""
+        return self.agent.eval(source, timeout)
+
+    def dmesg(self) -> str:
+        """The kernel's log, a line each message, with times in seconds of the guest."""
+        lines = []
+        for record in self.agent.eval(READ_KERNEL_LOG, timeout=10.0):
+            head, _, message = record.partition(";")
+            fields = head.split(",")
+            stamp = int(fields[2]) / 1e6 if len(fields) > 2 and fields[2].isdigit() else 0.0
+            lines.append(f"[{stamp:12.6f}] {message.splitlines()[0] if message else ''}")
+        return "\n".join(lines)
+
+    @staticmethod
+    def is_fault(line: str) -> bool:
+        """Whether the kernel reports in it a DMA access that the IOMMU refused."""
+        return FAULT.search(line) is not None
+
+    def functions(self, kind: str) -> list[str]:
+        """Addresses of the PCI functions whose class begins so, such as "0x02" for network controllers."""
+        found: list[str] = self.eval(
+            "import glob, os\n[os.path.basename(path) for path in sorted(glob.glob('/sys/bus/pci/devices/*')) "
+            f"if open(path + '/class').read().startswith({kind!r})]"
+        )
+        return found
+
+    def rebind(self, address: str, driver: str) -> str:
+        """Give a PCI function to that driver, "" for none; returns the name of the one that it had."""
+        return str(self.run(["sh", "-c", REBIND, "rebind", address, driver]).stdout.strip())
+
+    def iommu_faults(self) -> list[str]:
+        """The lines in which the kernel reports a DMA access that the IOMMU refused."""
+        return [line for line in self.kernel_log().splitlines() if self.is_fault(line)]
+
+    def kernel_log(self) -> str:
+        """The kernel's log, by whatever way it can be had."""
+        return self.dmesg()

@@ -1,0 +1,125 @@
+"""A box, played by a shell of this machine: what goes over ssh elsewhere goes over `sh -c` here."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from qemu.box import Box, BoxDescription
+from qemu.errors import GuestLost, HarnessError, RecipeError, ToolMissing
+from qemu.remote import RemoteTests
+
+LOCAL = f"""
+host = "here"
+nic = "0000:03:00.0"
+connect = ["sh", "-c"]
+python = "{sys.executable}"
+"""
+
+
+def described(tmp_path: Path, more: str = "", text: str = LOCAL) -> BoxDescription:
+    path = tmp_path / "box.toml"
+    path.write_text(text + more)
+    return BoxDescription.load(path)
+
+
+@pytest.fixture(autouse=True)
+def readable_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The log of this machine's kernel may be nobody's business."""
+    monkeypatch.setattr(Box, "dmesg", lambda _: "[    0.000000] Linux version")
+
+
+def test_a_box_does_what_a_guest_does(tmp_path: Path) -> None:
+    with Box(described(tmp_path), tmp_path / "out") as box:
+        assert box.lost is None
+        assert box.run(["echo", "hello"]).stdout == "hello\n"
+        assert box.eval("1 + 1") == 2
+        box.put(b"x" * 100_000, str(tmp_path / "file"))
+        assert box.get(str(tmp_path / "file")) == b"x" * 100_000
+        with box.start(["sh", "-c", "echo ready; sleep 100"]) as process:
+            process.wait_for_line("ready", 10)
+        assert box.kernel_trouble() == []
+        link = box._link.pid
+    assert "Linux version" in (tmp_path / "out" / "dmesg.log").read_text()
+    assert not Path(f"/proc/{link}").exists()
+
+
+@pytest.mark.thorough
+def test_tests_run_on_a_box(tmp_path: Path) -> None:
+    (tmp_path / "test_it.py").write_text("def test_it(): pass\ndef test_bad(): assert 0\n")
+    with Box(described(tmp_path), tmp_path / "out") as box:
+        options = ["-p", "no:cacheprovider", "-c", "/dev/null"]
+        root = str(tmp_path)
+        remote = RemoteTests(box, [root], root=root, log=tmp_path / "log", options=options)
+        # The box's Python would be found by its name; here it is this one, which has pytest.
+        box.start = lambda argv, **more: Box.start(box, [sys.executable, *argv[1:]], **more)  # type: ignore[method-assign]
+        outcomes = {name: remote.run(f"test_it.py::{name}", None, 60)[1].outcome for name in ("test_it", "test_bad")}
+        remote.close()
+    assert outcomes == {"test_it": "passed", "test_bad": "failed"}
+
+
+@pytest.mark.thorough
+def test_a_box_that_goes_is_told(tmp_path: Path) -> None:
+    with Box(described(tmp_path), tmp_path / "out") as box:
+        sleeping = box.start(["sleep", "100"])
+        box._link.kill()
+        with pytest.raises(GuestLost, match="the connection to box has ended"):
+            sleeping.wait(20)
+        assert "does not answer any more" in str(box.lost)
+        box.reconnect(20)
+        assert box.run(["echo", "again"]).stdout == "again\n"
+
+
+def test_a_box_that_is_not_there_is_told(tmp_path: Path) -> None:
+    text = LOCAL.replace('["sh", "-c"]', '["sh", "-c", "echo no route to {host} >&2; exit 255"]')
+    with pytest.raises(GuestLost, match="the connection to box has ended: no route to here"):
+        Box(described(tmp_path, text=text), tmp_path / "out")
+    text = LOCAL.replace('["sh", "-c"]', '["no-such-program"]')
+    with pytest.raises(ToolMissing, match="no-such-program is not installed"):
+        Box(described(tmp_path, text=text), tmp_path / "out")
+
+
+def test_console_and_power(tmp_path: Path) -> None:
+    more = f"""
+console = ["sh", "-c", "echo 'BUG: kernel NULL pointer dereference'; exec sleep 100"]
+power = ["sh", "-c", "echo {{action}} >>{tmp_path}/power"]
+"""
+    with Box(described(tmp_path, more), tmp_path / "out") as box:
+        assert box._console is not None
+        assert box._console.wait_for("BUG", 10)
+        assert box.kernel_trouble() == ["BUG: kernel NULL pointer dereference"]
+        box.power("cycle")
+        with pytest.raises(ValueError, match="one of on, off, cycle, not 'explode'"):
+            box.power("explode")
+    assert (tmp_path / "power").read_text() == "cycle\n"
+    assert "BUG" in (tmp_path / "out" / "console.log").read_text()
+    with Box(described(tmp_path), tmp_path / "out") as box, pytest.raises(HarnessError, match="has no power command"):
+        box.power("off")
+    more = 'power = ["sh", "-c", "echo {action} is not for us >&2; exit 3"]'
+    with (
+        Box(described(tmp_path, more), tmp_path / "out") as box,
+        pytest.raises(HarnessError, match="is not for us"),
+    ):
+        box.power("off")
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        ('host = "here"', "", "host: missing; expected whom ssh is to call"),
+        ("0000:03:00.0", "03:00.0", 'nic: expected a PCI address such as "0000:03:00.0", found a string'),
+        ("connect", "conect", "conect: unknown key; did you mean 'connect'"),
+        ("[", 'power = ["reboot"]\n#[', "power: expected a command with {action} in it"),
+    ],
+)
+def test_a_wrong_description_is_refused(tmp_path: Path, before: str, after: str, said: str) -> None:
+    text = 'power = ["reboot"]\n' + LOCAL if said.startswith("power") else LOCAL.replace(before, after)
+    with pytest.raises(RecipeError) as caught:
+        described(tmp_path, text=text)
+    assert said in str(caught.value)
+
+
+def test_ssh_is_what_connects_unless_told_otherwise(tmp_path: Path) -> None:
+    made = described(tmp_path, text='host = "root@bench"\nnic = "0000:03:00.0"\n')
+    assert made.words(made.connect) == ["ssh", "-o", "BatchMode=yes", "root@bench"]
+    assert made.name == "box"

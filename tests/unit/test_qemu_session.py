@@ -1,0 +1,187 @@
+"""What tests of a run pin, need and are told of guests; and how often a test may fail."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qemu import capabilities, flakes, timing
+from qemu.dimensions import Dimensions
+from qemu.session import Booted, summary
+from qemu.truth import DRIVERS, FAULTS, FILES, KERNEL, Truth
+
+# Dimensions
+
+
+def test_of_pins_the_nearest_counts() -> None:
+    pinned = Dimensions.pinned([{"machine": "pc"}, {"machine": "q35", "ring": "packed"}])
+    assert (pinned.machine, pinned.ring) == ("pc", "packed")
+    assert Dimensions.pinned([]) == Dimensions()
+
+
+def test_a_pin_that_is_none_is_refused() -> None:
+    with pytest.raises(TypeError, match="colour"):
+        Dimensions.pinned([{"colour": "red"}])
+    with pytest.raises(ValueError, match='ring is "split" or "packed", not \'round\''):
+        Dimensions(ring="round")  # type: ignore[arg-type]
+
+
+def test_what_guests_are_made_of() -> None:
+    plain = Dimensions().boot_options()
+    assert [nic.id for nic in plain["nics"]] == ["nic0"]
+    assert dict(plain["nics"][0].properties) == {}
+    wanted = Dimensions(machine="pc", ring="packed", queue_size=1024, nics=2, words=("a",), devices=("-device edu",))
+    made = wanted.boot_options()
+    assert [nic.id for nic in made["nics"]] == ["nic0", "nic1"]
+    assert made["nics"][1].properties["packed"] == "on"
+    assert made["nics"][0].rx_queue_size == made["nics"][0].tx_queue_size == 1024
+    assert made["append"] == ["vfio_iommu_type1.allow_unsafe_interrupts=1", "a"]
+    assert made["extra_args"] == ["-device", "edu"]
+
+
+def test_a_kernel_is_a_recipe_beside_the_configured_one() -> None:
+    configured = Path("images/trixie.toml")
+    assert Dimensions().recipe(configured) == configured
+    assert Dimensions(kernel="iommufd").recipe(configured) == Path("images/iommufd.toml")
+
+
+# Truth
+
+
+class FakeGuest:
+    """A guest of which is known what it answers."""
+
+    lost: object = None
+
+    class agent:  # noqa: N801
+        ready = True
+
+    def __init__(self) -> None:
+        self.drivers: dict[str, str] = {"0000:01:00.0": "virtio-pci"}
+        self.files: list[str] = []
+        self.log = ["[0.0] Linux version"]
+        self.console: list[str] = []
+
+    def eval(self, _source: str) -> Any:
+        return [dict(self.drivers), list(self.files)]
+
+    def dmesg(self) -> str:
+        return "\n".join(self.log)
+
+    def kernel_trouble(self) -> list[str]:
+        return self.console
+
+    @staticmethod
+    def is_fault(line: str) -> bool:
+        return "DMAR" in line
+
+
+def test_all_is_well() -> None:
+    guest = FakeGuest()
+    truth = Truth(guest)  # type: ignore[arg-type]
+    guest.log += ["[1.0] all is well", "[2.0] watchdog: BUG: soft lockup - CPU#0 stuck for 26s!"]
+    assert truth.problems() == []
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "said"),
+    [
+        (lambda guest: guest.drivers.update({"0000:01:00.0": "vfio-pci"}), DRIVERS, "has the driver vfio-pci; it had"),
+        (lambda guest: guest.drivers.update({"0000:01:00.0": ""}), DRIVERS, "has the driver none; it had virtio-pci"),
+        (lambda guest: guest.drivers.clear(), DRIVERS, "the NIC 0000:01:00.0 is gone; it had virtio-pci"),
+        (
+            lambda guest: guest.files.append("/dev/vfio/6 in process 9"),
+            FILES,
+            "left open: /dev/vfio/6 in process 9",
+        ),
+        (lambda guest: guest.log.append("DMAR: fault"), FAULTS, "the IOMMU refused: DMAR: fault"),
+        (lambda guest: guest.log.append("WARNING: CPU: 0 PID: 1"), KERNEL, "the kernel: WARNING: CPU"),
+        (lambda guest: guest.log.append("WARNING: possible circular locking"), KERNEL, "the kernel: WARNING: possible"),
+    ],
+)
+def test_what_is_wrong_is_told_unless_it_is_allowed(change: Any, kind: str, said: str) -> None:
+    guest = FakeGuest()
+    truth = Truth(guest)  # type: ignore[arg-type]
+    change(guest)
+    (line,) = truth.problems()
+    assert said in line
+    assert truth.problems([kind]) == []
+
+
+def test_a_lost_guest_is_judged_by_its_console() -> None:
+    guest = FakeGuest()
+    truth = Truth(guest)  # type: ignore[arg-type]
+    guest.lost = RuntimeError("gone")
+    guest.console = ["BUG: kernel NULL pointer dereference"]
+    assert truth.problems() == ["the kernel: BUG: kernel NULL pointer dereference"]
+
+
+# Needs
+
+
+def test_needs_are_probed() -> None:
+    class Guest:
+        class accel:  # noqa: N801
+            name = "tcg"
+
+            def __str__(self) -> str:
+                return "tcg (demanded)"
+
+        class agent:  # noqa: N801
+            hello = {"kernel": "6.12"}  # noqa: RUF012
+
+        def __init__(self, answer: object) -> None:
+            self.answer = answer
+
+        def eval(self, _source: str) -> object:
+            return self.answer
+
+    assert "needs KVM" in str(capabilities.lacks_kvm(Guest(None)))  # type: ignore[arg-type]
+    assert capabilities.lacks_iommufd(Guest(True)) is None  # type: ignore[arg-type]
+    assert "(6.12) has no /dev/iommu" in str(capabilities.lacks_iommufd(Guest(False)))  # type: ignore[arg-type]
+    assert capabilities.lacks_hugepages(Guest(4), 4) is None  # type: ignore[arg-type]
+    lacking = str(capabilities.lacks_hugepages(Guest(3), 4))  # type: ignore[arg-type]
+    assert lacking == "needs 4 huge pages: the guest could make 3"
+
+
+def test_every_need_has_its_marker() -> None:
+    known = {line.partition(":")[0].partition("(")[0] for line in capabilities.MARKERS}
+    assert known == {*capabilities.OF_HOST, *capabilities.OF_GUEST}
+
+
+# What a run says of its guests
+
+
+def test_guests_in_one_line() -> None:
+    booted = [
+        Booted("tcg (x)", "booted, as there was no snapshot of it", 5.0),
+        *(Booted("tcg (x)", "restored from snapshot 1", seconds) for seconds in (0.4, 0.9)),
+    ]
+    assert summary(booted) == "1 booted in 5.0-5.0 s, 2 restored in 0.4-0.9 s, under tcg (x)"
+
+
+def test_stages_of_a_boot() -> None:
+    log = (
+        "[    3.000000] Run /init as init process\n[    3.500000] EXT4-fs (vda): mounted filesystem x\n[    4.0] later"
+    )
+    found = timing.stages(log, greeted=4.25, seconds=5.0)
+    assert [found[name] for name in timing.STAGES] == [0.0, 3.0, 0.5, 0.75, 0.0]
+
+
+# Flakes
+
+JUNIT = """<testsuites><testsuite>
+<testcase classname="a" name="good"/><testcase classname="a" name="bad"><{kind}>text</{kind}></testcase>
+<testcase classname="a" name="left"><skipped/></testcase>
+</testsuite></testsuites>"""
+
+
+def test_a_test_that_fails_now_and_then_is_found(tmp_path: Path) -> None:
+    rounds = []
+    for kind in ("failure", "system-out", "error"):
+        path = tmp_path / f"{kind}.xml"
+        path.write_text(JUNIT.format(kind=kind))
+        rounds.append(list(flakes.outcomes(path)))
+    assert flakes.flaky(rounds) == {"a::bad": Counter(failed=1, passed=1, error=1)}
+    assert flakes.flaky(rounds[1:2]) == {}

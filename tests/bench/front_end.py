@@ -30,7 +30,7 @@ CONNECT_SECONDS = 20.0
 
 _DECLARATIONS = """
 struct load { void *rx; void *tx; uint8_t *memory; uint64_t iova; uint32_t stride; uint32_t length;
-              uint64_t header_iova; int32_t stop; uint32_t free_count; uint32_t free[4096]; };
+              uint64_t header_iova; int32_t merges; int32_t stop; uint32_t free_count; uint32_t free[4096]; };
 int64_t load_transmit(struct load *);
 int64_t load_receive(struct load *);
 int64_t load_echo(struct load *);
@@ -72,6 +72,7 @@ class FrontEnd:
             mapping = stack.enter_context(memory.map(buffers))
             self._load.memory = self._ffi.cast("uint8_t *", buffers.address)
             self._load.iova, self._load.stride, self._load.header_iova = mapping.iova, STRIDE, header.iova
+            self._load.merges = merges
             self._lib.load_start(self._load, BUFFERS)
             self._transport.write_status(self._transport.read_status() | Status.DRIVER_OK)
             stack.callback(self._transport.reset)

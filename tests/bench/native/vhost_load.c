@@ -21,6 +21,7 @@ struct load {
     uint32_t stride;
     uint32_t length;      /* of a generated frame */
     uint64_t header_iova; /* HEADER_BYTES of zeroes */
+    int32_t merges;       /* MRG_RXBUF was agreed: the header says of how many buffers a frame is */
     int32_t stop;         /* set by another thread */
     uint32_t free_count;
     uint32_t free[LOAD_BUFFERS]; /* buffers neither queue has */
@@ -98,8 +99,10 @@ static inline int take(struct load *load, bool echo)
         return done;
     while (taken < done && taken < BURST && (!echo || virtqueue_has_room(load->tx, 2)) &&
            (got = virtqueue_take(load->rx, &used)) > 0) {
-        uint16_t pieces;
-        memcpy(&pieces, load->memory + (uint64_t)used.buffer * load->stride + NUM_BUFFERS_OFFSET, sizeof(pieces));
+        uint16_t pieces = 1;
+        if (load->merges)
+            memcpy(&pieces, load->memory + (uint64_t)used.buffer * load->stride + NUM_BUFFERS_OFFSET,
+                   sizeof(pieces));
         if (pieces != 1 || used.written < HEADER_BYTES)
             return -1 - NB_FAULT_NUM_BUFFERS;
         if (echo)

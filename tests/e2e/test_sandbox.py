@@ -30,6 +30,19 @@ def bed(guest: Guest) -> Iterator[Testbed]:
         bed.stop()
 
 
+# What whoever has the file can do with it: as root, and it is still no.
+MAP_FOR_WRITING = """
+import glob, mmap, os, sys
+for path in glob.glob(f"/proc/{sys.argv[1]}/fd/*"):
+    if "memfd:netbridge-rx" in os.readlink(path):
+        fd = os.open(path, os.O_RDWR)
+        try:
+            mmap.mmap(fd, 4096)
+        except PermissionError:
+            print("PermissionError")
+"""
+
+
 def text(guest: Guest, path: str) -> str:
     return guest.run(["cat", path]).stdout
 
@@ -183,6 +196,21 @@ def test_without_mem_share_clients_are_refused_frames(guest: Guest) -> None:
         assert "CAP_MEM_SHARE" in done.stderr
         assert "memfd" not in guest.run(["ls", "-l", f"/proc/{pid}/fd"]).stdout, "there are no frames to share"
         testbed.end(monitor)
+
+
+def test_read_only_share_lets_the_service_only_read(guest: Guest, wire: Wire) -> None:
+    """`CAP_MEM_SHARE: ro`: the service can only read received frames, whatever it does; the device goes on
+    writing them."""
+    pci = testbed.nics(guest)[0][0]
+    vnode = testbed.manifest(pci).replace("  - CAP_MEM_SHARE\n", "  - CAP_MEM_SHARE: ro\n")
+    with testbed.running(guest, vnode=vnode) as bed:
+        echoed(wire, bed)
+        maps = guest.run(["cat", f"/proc/{bed.echo.pid}/maps"]).stdout
+        rights = {line.split()[1] for line in maps.splitlines() if "memfd:netbridge-rx" in line}
+        assert rights == {"r--s"}
+        assert "PermissionError" in guest.run(["python3", "-c", MAP_FOR_WRITING, str(bed.echo.pid)]).stdout
+        echoed(wire, bed)
+        bed.stop()
 
 
 def test_without_log_write_the_driver_cannot_even_write(guest: Guest) -> None:

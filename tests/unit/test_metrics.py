@@ -38,6 +38,28 @@ def test_every_counter_of_the_core_has_a_name(page: metrics.CounterPage) -> None
     assert len(metrics.LATENCY_STAGES) == len(page.counters.irq_latency_ns)
 
 
+def test_clients_are_counted_by_name(page: metrics.CounterPage) -> None:
+    assert page.snapshot()["clients"] == {}
+    for _ in range(2):
+        metrics.client_row(page.counters, "echo").sessions += 1
+    metrics.client_row(page.counters, "a" * 32).client_slow += 5
+    assert metrics.read(page.path)["clients"] == {
+        "echo": {"sessions": 2, "client_slow": 0},
+        "a" * 32: {"sessions": 0, "client_slow": 5},
+    }
+
+
+def test_clients_for_whom_there_is_no_place_are_counted_together(page: metrics.CounterPage) -> None:
+    places = len(page.counters.clients)
+    for number in range(places + 5):
+        metrics.client_row(page.counters, f"client-{number}").sessions += 1
+    metrics.client_row(page.counters, "client-3").sessions += 1
+    seen = page.snapshot()["clients"]
+    assert len(seen) == places
+    assert seen["(others)"]["sessions"] == 6
+    assert seen["client-3"]["sessions"] == 2
+
+
 @pytest.mark.parametrize("value", [0, 1, 3, 4, 5, 7, 8, 9, 15, 16, 100, 1000, 999_999, 10**9])
 def test_a_quantile_is_at_most_a_quarter_too_high(value: int) -> None:
     histogram = ffi.new("struct nb_histogram *")

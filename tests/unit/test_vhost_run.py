@@ -18,8 +18,9 @@ import pytest
 from netbridge import client
 from netbridge.errors import UsageError
 from netbridge.ipc.errors import PortClosed, Reason
+from netbridge.ipc.offloads import ALL_OFFLOADS, NO_OFFLOADS, TX_OFFLOADS
 from netbridge.vhost import parse_mac
-from tests.unit.vhost_fakes import FakeBackEnd
+from tests.unit.vhost_fakes import F_MRG_RXBUF, OFFERED, FakeBackEnd
 
 DEADLINE_S = 20.0
 
@@ -31,8 +32,8 @@ class Run:
         command += ["--socket", str(self.socket), "--service-uid", str(os.getuid()), "--rx-buffers", "64", "--json"]
         self.process = subprocess.Popen([*command, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
-    def connect(self) -> client.Client:
-        return client.connect(self.socket, name="test", timeout=DEADLINE_S, wait=DEADLINE_S)
+    def connect(self, offloads: client.Offload = NO_OFFLOADS, name: str = "test") -> client.Client:
+        return client.connect(self.socket, name=name, offloads=offloads, timeout=DEADLINE_S, wait=DEADLINE_S)
 
     def end(self, signal_: signal.Signals = signal.SIGTERM) -> tuple[int, str, str]:
         self.process.send_signal(signal_)
@@ -64,9 +65,9 @@ def listening(directory: Path) -> Iterator[socket.socket]:
             path.unlink()
 
 
-def accept(listener: socket.socket) -> FakeBackEnd:
+def accept(listener: socket.socket, offered: int = OFFERED) -> FakeBackEnd:
     """The connection that is made next, served by a back-end of its own."""
-    back_end = FakeBackEnd()
+    back_end = FakeBackEnd(offered=offered)
     back_end.start(listener.accept()[0])
     return back_end
 
@@ -95,6 +96,55 @@ def test_session_ends_with_the_back_end_and_the_next_begins_with_the_next(tmp_pa
     assert "Traceback" not in err
     assert json.loads(out)["sessions"] == 2
     assert sorted(path.name for path in tmp_path.iterdir()) == []
+
+
+def test_each_client_gets_the_offloads_that_it_can_take(tmp_path: Path) -> None:
+    """The device is negotiated anew between HELLO and WELCOME, for whoever wants a session unlike the last."""
+    can = client.Offload.CSUM | client.Offload.HOST_TSO4 | client.Offload.GUEST_CSUM | client.Offload.GUEST_TSO6
+    asked = [
+        (NO_OFFLOADS, NO_OFFLOADS),
+        (ALL_OFFLOADS, can),
+        (ALL_OFFLOADS, can),
+        (client.Offload.CSUM | client.Offload.HOST_USO, client.Offload.CSUM),
+        # Without the checksum there is nothing to segment (virtio 1.3 §5.1.3.1).
+        (client.Offload.HOST_TSO4, NO_OFFLOADS),
+    ]
+    with listening(tmp_path) as listener, running(tmp_path) as run:
+        back_end = accept(listener, OFFERED | can)
+        for number, (offloads, expected) in enumerate(asked):
+            with run.connect(offloads, name=f"client-{number}") as port:
+                assert port.offloads == expected
+                assert back_end.features & ALL_OFFLOADS == expected
+                segments = client.Offload.HOST_TSO4 in expected
+                assert port.largest == (65557 if segments else port.room)
+                port.send_bytes(
+                    bytes(port.largest), header=client.VirtioNetHeader() if expected & TX_OFFLOADS else None
+                )
+        code, out, err = run.end()
+    back_end.join()
+    assert code == 0, err
+    counters = json.loads(out)
+    assert counters["sessions"] == len(asked)
+    assert not any(counters["refused_handles"].values())
+    assert counters["clients"] == {
+        f"client-{number}": {"sessions": 1, "client_slow": 0} for number in range(len(asked))
+    }
+
+
+def test_frames_without_merged_buffers_get_buffers_that_hold_them(tmp_path: Path) -> None:
+    """Where a received frame cannot span buffers, each is as large as the largest there can be, and there are fewer."""
+    guest_tso = client.Offload.GUEST_CSUM | client.Offload.GUEST_TSO4
+    offered = OFFERED & ~F_MRG_RXBUF | guest_tso
+    with listening(tmp_path) as listener, running(tmp_path, "--rx-buffers", "256") as run:
+        back_end = accept(listener, offered)
+        with run.connect() as port:
+            assert port.native.rx_stride == 2048
+        with run.connect(guest_tso) as port:
+            # 65,562 bytes and the headroom in front of the header, in multiples of 64.
+            assert port.native.rx_stride == 65664
+            assert port.native.rx_count == 256 * 2048 // 65664
+        run.end()
+    back_end.join()
 
 
 def test_back_end_connects_to_us(tmp_path: Path) -> None:

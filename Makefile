@@ -122,6 +122,22 @@ N ?= 20
 flakes: $(SETUP) ## run tests N times and tell which do not always pass: make flakes N=20 ARGS="tests/e2e/test_echo.py -n 2"
 	$(PY) -m qemu.flakes $(N) $(or $(ARGS),tests/e2e/test_echo.py) --accel $(ACCEL)
 
+# How long make fuzz looks for more.
+FUZZ_SECONDS ?= 60
+
+fuzz: $(SETUP) | host-clang ## fuzz the C core with all that a device can write: FUZZ_SECONDS=60, ARGS=--keep
+	nice $(PY) -m tests.unit.core.fuzz --seconds $(FUZZ_SECONDS) $(ARGS)
+
+# No other target needs clang, so it is not among host-packages.
+.PHONY: fuzz host-clang
+host-clang: | host-packages
+	@command -v clang >/dev/null && exit 0; \
+	install="apt-get install --yes --no-install-recommends clang libclang-rt-dev"; \
+	if [ "$$(id -u)" -ne 0 ] || ! command -v apt-get >/dev/null; then \
+		echo "fuzz: clang is missing. Run this, then try again:" >&2; echo "    sudo $$install" >&2; exit 1; \
+	fi; \
+	apt-get update --quiet=2 && DEBIAN_FRONTEND=noninteractive $$install
+
 lint: $(SETUP) ## ruff, mypy, and the C core under -Wall -Wextra -Werror
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check

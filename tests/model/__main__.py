@@ -90,6 +90,21 @@ VIRTQUEUE_MUTANTS = {
     ("EVENTS", "NEED_EVENT_OFF_BY_ONE"): "SC",
 }
 
+PACKED_MUTANTS = {
+    ("FLAGS", "HEAD_NOT_WITHHELD"): "PSO",
+    ("FLAGS", "NO_RELEASE"): "PSO",
+    ("FLAGS", "NO_ACQUIRE"): "WEAK",
+    ("FLAGS", "NO_WRAP_COUNTER"): "SC",
+    ("FLAGS", "NO_PUBLISH_FENCE"): "TSO",
+    ("FLAGS", "NO_ASK_FENCE"): "TSO",
+    ("FLAGS", "DEVICE_WITHOUT_FENCE"): "TSO",
+    ("FLAGS", "NO_SECOND_LOOK"): "SC",
+    ("EVENTS", "NO_PUBLISH_FENCE"): "TSO",
+    ("EVENTS", "NO_ASK_FENCE"): "TSO",
+    ("EVENTS", "NO_SECOND_LOOK"): "SC",
+    ("EVENTS", "EVENT_WITHOUT_WRAP"): "SC",
+}
+
 DRIVER_CASES: dict[str, dict[str, str | int]] = {
     "ECHO": {"CLIENT": "ECHO", "FRAMES": 1, "TX_BUFFERS": 1, "CONTROLS": 0},
     "HOLDER": {"CLIENT": "HOLDER", "PIECES": 2, "RX_QUEUE": 4, "RX_BUFFERS": 4, "RX_LIMIT": 2, "CONTROLS": 0},
@@ -141,6 +156,12 @@ def all_runs() -> Iterator[Run]:
             yield Run("virtqueue", {"MEMORY": memory, "FORM": form, "START": 6})
     for (form, mutant), memory in VIRTQUEUE_MUTANTS.items():
         yield Run("virtqueue", {"MEMORY": memory, "FORM": form, "START": 6}, mutant, must_fail=True)
+
+    for form in ("FLAGS", "EVENTS"):
+        for memory in MEMORIES:
+            yield Run("packed", {"MEMORY": memory, "FORM": form})
+    for (form, mutant), memory in PACKED_MUTANTS.items():
+        yield Run("packed", {"MEMORY": memory, "FORM": form}, mutant, must_fail=True)
 
     for case in DRIVER_CASES.values():
         yield Run("driver_sleep", {"MEMORY": "SC", **case})

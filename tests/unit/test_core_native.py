@@ -118,6 +118,16 @@ def test_thread_sanitizer(case: tuple[str, str], thread_program: Path) -> None:
     _run(THREAD, thread_program, *case)
 
 
+def test_every_input_that_the_fuzzer_kept() -> None:
+    """What a device can write (device_fuzz.c), as far as it once reached new code; see `make fuzz`."""
+    inputs = sorted((toolchain.TESTS / "corpus").iterdir())
+    assert inputs
+    program = toolchain.build(ADDRESS, "device-fuzz-replay", ("device_fuzz", "fuzz_replay"))
+    done = toolchain.run(ADDRESS, [program, *inputs], TIMEOUT_S)
+    assert done.returncode == 0, f"{program}\n{done.stdout[-4000:]}"
+    assert done.stdout.endswith(f"{len(inputs)} inputs\n")
+
+
 def test_every_case_is_found(address_program: Path) -> None:
     """The names that are read from the sources are those the program knows."""
     listed = toolchain.run(ADDRESS, [address_program, "--list"], TIMEOUT_S).stdout.split()

@@ -46,11 +46,13 @@ _CASE = re.compile(r"^TEST\((\w+)\)", re.MULTILINE)
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to compile: `name` for people and paths, the compiler's extra `flags`, and what the program is run with."""
+    """A way to compile: `name` for people and paths, the compiler's extra `flags`, and what the program is run and
+    linked with."""
 
     name: str
     flags: tuple[str, ...]
     environment: tuple[tuple[str, str], ...] = ()
+    link_flags: tuple[str, ...] = ()
 
 
 ADDRESS = Variant(
@@ -101,7 +103,7 @@ def build(variant: Variant, program: str, files: Sequence[str], directory: Path 
             for stale in BUILD.glob(f"{program}-{variant.name}-*"):
                 shutil.rmtree(stale)
             built.mkdir()
-            compile_program(sources, built / program, LINK_FLAGS)
+            compile_program(sources, built / program, (*LINK_FLAGS, *variant.link_flags))
     return built / program
 
 

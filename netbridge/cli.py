@@ -74,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_check(verbs.add_parser("check", help="check a manifest and show what it grants"))
     _add_stats(verbs.add_parser("stats", help="show the counters of a running driver"))
     _add_capture(verbs.add_parser("capture", help="take the port and write its frames to a pcapng file"))
+    _add_tap(verbs.add_parser("tap", help="put the Linux stack behind the port, through a TAP device"))
     _add_debug(verbs.add_parser("debug", help="read and write a function's registers raw (needs CAP_SYSCALL_RAW)"))
     _add_restore(
         verbs.add_parser("restore", help="give functions that a crashed driver left behind to their own driver")
@@ -306,6 +307,19 @@ def _capture(options: argparse.Namespace) -> int:
     from netbridge.services import capture
 
     return capture.main(options)
+
+
+def _add_tap(parser: argparse.ArgumentParser) -> None:
+    from netbridge.services import arguments
+
+    arguments.tap(parser)
+    parser.set_defaults(verb=_tap)
+
+
+def _tap(options: argparse.Namespace) -> int:
+    from netbridge.services import tap
+
+    return tap.main(options)
 
 
 def _add_debug(parser: argparse.ArgumentParser) -> None:

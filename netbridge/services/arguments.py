@@ -9,6 +9,7 @@ from netbridge.ipc.messages import DEFAULT_SOCKET
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from ipaddress import IPv4Interface, IPv6Interface
 
 MOST_SNAP_LENGTH = 131072
 
@@ -48,6 +49,36 @@ def capture(parser: argparse.ArgumentParser) -> None:
         help="the driver's counters page, for what it dropped (default: beside the socket)",
     )
     common(parser)
+
+
+def tap(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Puts the Linux stack behind the port: makes a TAP device that has the NIC's MAC address, MTU and link, and "
+        "moves frames between the two. Needs CAP_NET_ADMIN, and keeps nothing else of being root."
+    )
+    parser.add_argument("--name", default="nb%d", help="the interface's name; %%d is a number (nb%%d)")
+    parser.add_argument(
+        "--address",
+        metavar="ADDRESS/LENGTH",
+        action="append",
+        default=[],
+        type=_interface,
+        help="an IPv4 or IPv6 address for it, such as 192.0.2.2/24; may be repeated",
+    )
+    parser.add_argument(
+        "--user", default="aethernet", help="the user to be, when it is started as root (default: %(default)s)"
+    )
+    parser.add_argument("--capture", metavar="FILE", help="write the frames of both directions to a pcapng file")
+    common(parser)
+
+
+def _interface(text: str) -> IPv4Interface | IPv6Interface:
+    import ipaddress
+
+    try:
+        return ipaddress.ip_interface(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{error}; expected one such as 192.0.2.2/24") from None
 
 
 def _positive(kind: type[int] | type[float]) -> Callable[[str], int | float]:

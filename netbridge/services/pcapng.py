@@ -153,11 +153,14 @@ class Capture:
         if self._native.error and not self.reader_left:
             raise CaptureFailed(f"cannot write the capture {self._path}: {os.strerror(self._native.error)}")
 
+    def close(self) -> None:
+        os.close(self._native.fd)
+
     def __enter__(self) -> Capture:
         return self
 
     def __exit__(self, *_: object) -> None:
-        os.close(self._native.fd)
+        self.close()
 
     def _read_counters(self) -> dict[str, Any] | None:
         if self._counters is None:

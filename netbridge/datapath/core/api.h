@@ -392,3 +392,21 @@ int nb_client_echo(struct nb_client *client, int control_fd, struct nb_echo_coun
  * becomes readable (0), `most` frames were captured or the file takes no more (1; see `capture->error`), or the driver
  * breaks the protocol (-1). */
 int nb_client_capture(struct nb_client *client, int control_fd, uint64_t most);
+
+/* A TAP device behind the port, and what went through it in all sessions. */
+struct nb_tap {
+    int fd;             /* IFF_NO_PI, O_NONBLOCK */
+    int error;          /* errno that ended the loop */
+    uint64_t frames_in; /* from the port into the TAP device */
+    uint64_t bytes_in;
+    uint64_t frames_out; /* from the TAP device to the port */
+    uint64_t bytes_out;
+    uint64_t refused;  /* frames that the TAP device did not take */
+    uint64_t too_long; /* frames from the TAP device that fit no buffer */
+    /* private: pieces of a frame that has not come whole; 0 them at a session's beginning */
+    uint32_t pieces;
+    struct nb_piece partial[64];
+};
+/* The tap service's loop: frames between the port and the TAP device, until `control_fd` becomes readable (0), the driver
+ * breaks the protocol (-1), or the device fails (-2, and `error`). */
+int nb_client_tap(struct nb_client *client, struct nb_tap *tap, int control_fd);

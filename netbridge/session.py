@@ -43,6 +43,10 @@ def largest_to_send(mtu: int, offloads: int) -> int:
     return ETHERNET_BYTES + (LARGEST_PACKET if offloads & TX_SEGMENTATION else mtu)
 
 
+def _memory(buffers: int, name: str) -> vfio.Memory:
+    return vfio.Memory.memfd(buffers * BUFFER_STRIDE, name=name, seal=False)
+
+
 class Settings:
     """What can be chosen about a bridge. `rx_buffers`, `tx_buffers`: of 2 KiB each (where received frames need larger
     ones, so many fewer of them); `spin_us`: how long the pump polls at most after the last frame before it sleeps,
@@ -114,8 +118,9 @@ class Session:
             )
         tx_pieces = min(lib.NB_MOST_PIECES, settings.tx_buffers, *(pair.tx.size - 1 for pair in net.pairs))
         with ExitStack() as stack:
-            self._rx = stack.enter_context(vfio.Memory.memfd(settings.rx_buffers * BUFFER_STRIDE, name="netbridge-rx"))
-            self._tx = stack.enter_context(vfio.Memory.memfd(settings.tx_buffers * BUFFER_STRIDE, name="netbridge-tx"))
+            # Sealed by the port session, which knows how, once everybody who may write has mapped it.
+            self._rx = stack.enter_context(_memory(settings.rx_buffers, "netbridge-rx"))
+            self._tx = stack.enter_context(_memory(settings.tx_buffers, "netbridge-tx"))
             self._rx_map = stack.enter_context(iommu.map(self._rx))
             # The device only reads what is sent.
             self._tx_map = stack.enter_context(iommu.map(self._tx, write=False))

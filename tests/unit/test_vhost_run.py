@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import signal
 import socket
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+import netbridge
 from netbridge import client
 from netbridge.errors import UsageError
 from netbridge.ipc.errors import PortClosed, Reason
@@ -23,12 +25,13 @@ from netbridge.vhost import parse_mac
 from tests.unit.vhost_fakes import F_MRG_RXBUF, OFFERED, FakeBackEnd
 
 DEADLINE_S = 20.0
+EXAMPLE = Path(netbridge.__file__).parent / "vnode" / "net-bridge" / "vnode.yml"
 
 
 class Run:
-    def __init__(self, directory: Path, *options: str) -> None:
+    def __init__(self, directory: Path, *options: str, manifest: str = "net-bridge") -> None:
         self.socket = directory / "port.sock"
-        command = [sys.executable, "-m", "netbridge", "run", "net-bridge", "--vhost-user", str(directory / "back-end")]
+        command = [sys.executable, "-m", "netbridge", "run", manifest, "--vhost-user", str(directory / "back-end")]
         command += ["--socket", str(self.socket), "--service-uid", str(os.getuid()), "--rx-buffers", "64", "--json"]
         self.process = subprocess.Popen([*command, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -42,8 +45,8 @@ class Run:
 
 
 @contextmanager
-def running(directory: Path, *options: str) -> Iterator[Run]:
-    run = Run(directory, *options)
+def running(directory: Path, *options: str, manifest: str = "net-bridge") -> Iterator[Run]:
+    run = Run(directory, *options, manifest=manifest)
     try:
         yield run
     finally:
@@ -145,6 +148,23 @@ def test_frames_without_merged_buffers_get_buffers_that_hold_them(tmp_path: Path
             assert port.native.rx_count == 256 * 2048 // 65664
         run.end()
     back_end.join()
+
+
+def test_received_frames_can_be_shared_read_only(tmp_path: Path) -> None:
+    """The device's mapping, and the driver's, are older than the seal; a client's is not."""
+    manifest = tmp_path / "vnode.yml"
+    manifest.write_text(EXAMPLE.read_text().replace("- CAP_MEM_SHARE #", "- CAP_MEM_SHARE: ro #"))
+    with listening(tmp_path) as listener, running(tmp_path, manifest=str(manifest)) as run:
+        back_end = accept(listener)
+        with run.connect() as port:
+            back_end.await_kick(DEADLINE_S)
+            assert any(region.size == 64 * 2048 for region in back_end.regions)
+            with pytest.raises(PermissionError):
+                mmap.mmap(port._fds[1], 64 * 2048)
+            mmap.mmap(port._fds[1], 64 * 2048, prot=mmap.PROT_READ).close()
+        code, _, err = run.end()
+    back_end.join()
+    assert code == 0, err
 
 
 def test_back_end_connects_to_us(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 /* The driver's whole loop, its sleep with several sources, and a client on the other side: deadlock freedom.
  *
- * run_round, ask_for_wakeup and look_at_fds of netbridge/datapath/core/pump.c, both queues of the device, and a client
+ * run_round of netbridge/datapath/core/pump.c, its parts and wake.c, both queues of the device, and a client
  * that behaves as CLIENT says:
  *
  *   ECHO      nb_client_echo: answers each frame; waits for RECEIVE while it has a buffer to answer with, else ALLOCATE

@@ -3,7 +3,7 @@
  * A producer puts ENTRIES entries into a ring of SLOTS slots, in bursts of any size; a consumer takes them and sleeps
  * whenever there are none. The statements are those of netbridge/datapath/core/port_ring.h. END chooses who consumes:
  *
- *   DRIVER  ask_for_wakeup and look_at_fds in pump.c: epoll_wait takes the edge, then the wish is withdrawn
+ *   DRIVER  pump_ask_for_wakeup and pump_look_at_fds in wake.c: epoll_wait takes the edge, then the wish is withdrawn
  *   CLIENT  nb_client_wait in client.c: poll on the epoll instance, the wish is withdrawn, then the doorbell quietened
  *   LOOP    Client.arm in client.py: the doorbell is quietened before arming, and the wish never withdrawn
  *

@@ -199,6 +199,7 @@ struct nb_pump *nb_pump_new(const struct nb_pump_config *config)
         pump->pairs[i] = (struct pump_pair){
             .rx_queue = config->pairs[i].rx_queue,
             .tx_queue = config->pairs[i].tx_queue,
+            .number = (uint8_t)i,
             .backlog_first = NO_BUFFER,
         };
     pump->tx_pieces = calloc(config->tx_ledger->region.count, sizeof(pump->tx_pieces[0]));
@@ -206,6 +207,8 @@ struct nb_pump *nb_pump_new(const struct nb_pump_config *config)
         nb_pump_free(pump);
         return NULL;
     }
+    for (uint32_t i = 0; i < config->tx_ledger->region.count; i++)
+        pump->tx_pieces[i].next = NO_BUFFER;
     return pump;
 }
 

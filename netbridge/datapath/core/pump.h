@@ -35,7 +35,7 @@ struct rx_piece {
 
 /* What is known of a TX buffer that the client has sent, until it is acknowledged. Private, indexed by buffer. */
 struct tx_piece {
-    uint32_t next;  /* the frame's next piece; NO_BUFFER: this is its last */
+    uint32_t next;  /* the frame's next piece; NO_BUFFER: this is its last, or it is with nobody but the client */
     uint32_t bytes; /* in this piece */
     /* Of a frame's first piece: */
     uint32_t following; /* in a backlog: first piece of the frame behind it, or NO_BUFFER */
@@ -56,6 +56,7 @@ struct tx_frame {
 struct pump_pair {
     struct nb_virtqueue *rx_queue;
     struct nb_virtqueue *tx_queue;
+    uint8_t number; /* as ring entries name it */
     struct rx_piece pieces[NB_MOST_PIECES]; /* of the frame being gathered */
     uint32_t pieces_gathered;
     uint32_t pieces_expected; /* 0: between frames */

@@ -20,7 +20,7 @@ static void hand_over(struct nb_pump *pump, const struct pump_pair *pair)
                      .len = pair->pieces[i].bytes,
                      .kind = NB_RX_PACKET,
                      .flags = flags,
-                     .queue = (uint8_t)(pair - pump->pairs),
+                     .queue = pair->number,
                  });
     }
 }

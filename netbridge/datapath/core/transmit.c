@@ -150,7 +150,6 @@ static int gather_entry(struct nb_pump *pump, const struct nb_entry *entry)
     verdict = begins ? begin_frame(pump, entry, buffer) : continue_frame(pump, entry, buffer);
     if (verdict < 0)
         return verdict;
-    pump->tx_pieces[buffer].next = NO_BUFFER;
     pump->tx_pieces[buffer].bytes = entry->len;
     ledger_move(pump->config.tx_ledger, buffer, NB_OWNER_CLIENT, NB_OWNER_DEVICE);
     return 0;
@@ -189,8 +188,6 @@ static bool send_simple(struct nb_pump *pump, const struct nb_entry *entry)
         return false;
     uint32_t buffer = (uint32_t)checked;
     ledger_move(ledger, buffer, NB_OWNER_CLIENT, NB_OWNER_DEVICE);
-    pump->tx_pieces[buffer] =
-        (struct tx_piece){.next = NO_BUFFER, .bytes = entry->len, .pieces = 1};
     const struct nb_segment segments[2] = {{pump->config.tx_headers_iova, pump->config.net_header_bytes},
                                            {ledger_iova(ledger, buffer) + ledger->region.headroom, entry->len}};
     virtqueue_add(pair->tx_queue, segments, 2, 0, buffer);
@@ -255,8 +252,12 @@ int pump_complete(struct nb_pump *pump, struct pump_pair *pair)
     struct nb_used used;
     for (; taken < completed && (got = virtqueue_take(pair->tx_queue, &used)) > 0; taken++) {
         bytes += used.readable - pump->config.net_header_bytes;
-        for (uint32_t buffer = used.buffer; buffer != NO_BUFFER; buffer = pump->tx_pieces[buffer].next)
+        for (uint32_t buffer = used.buffer, next; buffer != NO_BUFFER; buffer = next) {
+            next = pump->tx_pieces[buffer].next;
+            if (next != NO_BUFFER)
+                pump->tx_pieces[buffer].next = NO_BUFFER;
             pump_acknowledge(pump, buffer);
+        }
     }
     if (taken) {
         count(&counters->packets_tx, (uint64_t)taken);

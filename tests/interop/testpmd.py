@@ -52,7 +52,7 @@ class Testpmd:
             *("stdbuf", "-oL"),
             PROGRAM,
             *("--lcores", f"(0,1)@{processor}"),
-            *("--no-huge", "-m", str(memory_mib)),
+            *("--no-huge", "--single-file-segments", "-m", str(memory_mib)),
             *("--no-pci", "--no-telemetry", "--no-shconf", "--iova-mode", "va", "--file-prefix", directory.name),
             "--log-level=lib.vhost*:error",
             *(word for vdev in vdevs for word in ("--vdev", vdev)),
@@ -70,7 +70,7 @@ class Testpmd:
         self.output = ""
         try:
             started = self._read_to_prompt(START_SECONDS)
-            if "Start ports failed" in started:
+            if "Start ports failed" in started or "failed to initialize" in started:
                 raise TestpmdFailed(f"{' '.join(self.command_line)}\n{started}")
         except BaseException:
             self.kill()

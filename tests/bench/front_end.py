@@ -27,6 +27,7 @@ QUEUE, BUFFERS, STRIDE, HEADER_BYTES = 256, 1024, 2048, 12
 # What the core itself is compiled with.
 FLAGS = ("-fPIC", "-shared", "-fno-strict-aliasing", "-march=x86-64", f"-I{CORE}")
 CONNECT_SECONDS = 20.0
+_RING = {"IN_ORDER": core.NB_RING_IN_ORDER, "EVENT_IDX": core.NB_RING_EVENT_IDX, "INDIRECT_DESC": 0}
 
 _DECLARATIONS = """
 struct load { void *rx; void *tx; uint8_t *memory; uint64_t iova; uint32_t stride; uint32_t length;
@@ -60,6 +61,9 @@ class FrontEnd:
             self._attach(path)
             wanted = features.VERSION_1.mask | (features.MRG_RXBUF.mask if merges else 0)
             wanted |= features.feature("RING_PACKED").mask if packed else 0
+            # What the driver takes as well wherever it is offered, and DPDK does.
+            wanted |= self._transport.read_device_features() & sum(features.feature(name).mask for name in _RING)
+            self._ring_features = wanted
             self._agree(wanted)
             self._load = self._ffi.new("struct load *")
             dma = VhostDma(memory)
@@ -97,6 +101,10 @@ class FrontEnd:
     def _make_queue(self, index: int, dma: VhostDma, stack: ExitStack, packed: bool) -> Any:
         config = core_ffi.new("struct nb_virtqueue_config *", {"index": index, "size": QUEUE})
         config.features = core.NB_RING_PACKED if packed else 0
+        for name, bit in _RING.items():
+            if self._ring_features & features.feature(name).mask:
+                config.features |= bit
+                config.table_segments = 2 if name == "INDIRECT_DESC" else config.table_segments
         layout = core_ffi.new("struct nb_virtqueue_layout *")
         if core.nb_virtqueue_layout(config, layout):
             raise RuntimeError(f"there is no layout for a queue of {QUEUE}")

@@ -4,7 +4,10 @@ A session is the life of one set of buffers: made and mapped before a client com
 when that client goes, taken from the device (which is reset), counted, unmapped and thrown away. So nothing of one
 client's is ever seen by the next. Frames move in the C core's pump; Python is here for everything that is not a frame:
 
-    PREPARED ── client ready ──► SERVING ── client gone, device fault, stop ──► (session ended) ──► PREPARED or STOPPED
+    IDLE ──► PREPARED ── client ready ──► SERVING ── client gone, stop ──► IDLE
+                                           │   ▲
+                        device has failed ─▼   │ as before
+                                          RECOVERING ── in vain ──► IDLE
 """
 
 from __future__ import annotations
@@ -22,10 +25,12 @@ from netbridge.ipc.server import ClientAsks, ClientGone, ClientReady, ClientWait
 from netbridge.ipc.session import next_session
 from netbridge.log import Log
 from netbridge.metrics import DEVICE_FAULTS, REFUSALS, client_row
+from netbridge.phases import Phase, check_move
+from netbridge.recovery import Cause, Recovery
 from netbridge.session import AddressSpace, Session, Settings
 from netbridge.station import FATAL, Station
 from netbridge.virtio import commands
-from netbridge.virtio.errors import Gone
+from netbridge.virtio.errors import ControlRefused, ControlTimeout, Gone, Misbehaved
 from netbridge.virtio.facts import LinkState
 from netbridge.virtio.net import NetDevice
 
@@ -98,8 +103,10 @@ class Bridge:
         server.agree = net.offloads_for
         self._number = int.from_bytes(os.urandom(2), "little")
         self._link_state = LinkState()
-        self._serving = False
-        self._restart = False
+        self._recovery = Recovery(net, counters, log)
+        self._phase = Phase.IDLE
+        self._failure: Cause | None = None  # the device is to be reset under the session
+        self._restart = False  # the session is to end
         self._stop: Stop | None = None
         self._control_fd = -1
         self._sources: dict[int, Callable[[int], None]] = {server.fileno(): self._on_port, stop_fd: self._on_stop}
@@ -122,10 +129,12 @@ class Bridge:
                     self._prepare()
                 self._ready()
                 while self._stop is None:
-                    if self._serving:
+                    if self._phase is Phase.SERVING:
                         self._serve(control)
                     else:
                         self._handle(control, timeout=None)
+                    if self._failure is not None and not self._restart and self._stop is None:
+                        self._recover(self._failure)
                     if self._restart and self._stop is None:
                         self._end_session()
                         self._prepare()
@@ -141,7 +150,7 @@ class Bridge:
 
     def _prepare(self) -> None:
         """Makes the device ready to go, and a session for whoever comes, unless there is no device at the moment."""
-        self._restart = False
+        self._restart, self._failure = False, None
         try:
             if self._link is None or self._link.there:
                 self._make_session()
@@ -159,24 +168,26 @@ class Bridge:
         self._tell(facts.link)
         self._number = next_session(self._number)
         self._session = Session(self._number, self._net, self._iommu, self._settings)
+        self._enter(Phase.PREPARED)
         self._server.offer(self._session.port)
         self._log("prepared", session=self._number, mac=facts.mac_text, mtu=facts.mtu, link_up=facts.link.up)
 
     def _begin_serving(self, event: ClientReady) -> None:
         assert self._session is not None
         client = client_row(self._counters, event.peer.name)
-        self._session.start_pump(self._counters, client, self._control_fd, self._settings.spin_us)
+        self._session.start_pump(self._counters, client, self._control_fd)
+        station = Station(self._net)
         try:
             self._net.start()
-            self._station = Station(self._net)
-            self._station.begin()
+            station.begin()
         except Gone as error:
             self._wait_for_link(error)
-            self._device_failed("gone")
+            self._give_up("gone")
             return
+        self._station = station
         self._counters.sessions += 1
         client.sessions += 1
-        self._serving = True
+        self._enter(Phase.SERVING)
         self._log("serving", session=event.session, client=event.peer.name, pid=event.peer.pid, uid=event.peer.uid)
 
     def _serve(self, control: select.epoll) -> None:
@@ -192,7 +203,8 @@ class Bridge:
             self._server.dismiss(Reason.RING_FAULT, f"refused: {REFUSALS[detail]}")
             self._restart = True
         elif event == lib.NB_EVENT_DEVICE_FAULT:
-            self._device_failed(DEVICE_FAULTS[detail])
+            cause = Cause.STALLED if detail == lib.NB_FAULT_STALLED else Cause.FAULT
+            self._device_failed(cause, DEVICE_FAULTS[detail])
         else:
             raise NetbridgeError(f"the pump stopped: {os.strerror(detail)}")
 
@@ -202,7 +214,8 @@ class Bridge:
         if session is None:
             return
         self._station = None
-        was_serving, self._serving = self._serving, False
+        was_serving = self._phase is not Phase.PREPARED
+        self._enter(Phase.IDLE)
         buffers = session.stop_pump()
         try:
             self._net.reset()
@@ -239,15 +252,14 @@ class Bridge:
 
     def _on_client_asks(self, request: Filter | Mac) -> None:
         station = self._station
-        if station is None or self._restart:
+        if station is None or self._restart or self._failure is not None:
             self._server.answer(request, Verdict.FAILED, "the device is out of service")
             return
         try:
             verdict, text = station.ask(request)
         except FATAL as error:
-            self._log("control_failed", why=error)
-            self._server.answer(request, Verdict.FAILED, "the device did not answer as it should")
-            self._device_failed("control")
+            self._server.answer(request, Verdict.FAILED, "the device did not answer as it should; it is reset")
+            self._device_failed(Cause.CONTROL, error)
             return
         self._log("client_asked", what=type(request).__name__.lower(), verdict=verdict.name.lower(), why=text)
         # A new MAC address is in the client's facts before the answer.
@@ -280,7 +292,10 @@ class Bridge:
                 return
         except Gone:
             there = False
-        self._device_failed("needs_reset" if there else "gone")
+        if there:
+            self._device_failed(Cause.NEEDS_RESET)
+        else:
+            self._give_up("gone")
 
     def _wait_for_link(self, error: Gone) -> None:
         """A device that comes back is waited for; the loss of any other is an error."""
@@ -296,21 +311,22 @@ class Bridge:
         """A configuration interrupt: the link may have changed, or the device asks for a reset (virtio 1.3 §2.1.2)."""
         try:
             if self._net.needs_reset():
-                self._device_failed("needs_reset")
+                self._device_failed(Cause.NEEDS_RESET)
                 return
         except Gone:
-            if self._link is None:
-                self._stop = Stop.UNPLUG
-            else:
-                self._device_failed("gone")
+            self._device_is_gone()
             return
         try:
             link = self._net.link()
-            if link.announce and self._station is not None:
+            if link.announce and self._phase is Phase.SERVING and self._failure is None:
                 self._net.command(commands.announced())
-        except FATAL as error:
-            self._log("config_failed", why=error)
-            self._device_failed("config")
+        except ControlRefused as error:
+            self._log("announcement_refused", why=error)
+        except ControlTimeout as error:
+            self._device_failed(Cause.CONTROL, error)
+            return
+        except Misbehaved as error:
+            self._device_failed(Cause.CONFIG, error)
             return
         if link != self._link_state:
             self._counters.link_changes += link.up != self._link_state.up
@@ -324,7 +340,45 @@ class Bridge:
         mac = self._station.mac if self._station is not None else facts.mac
         self._server.update(Facts(mac, facts.mtu, link.up, link.speed_mbps, link.announce))
 
-    def _device_failed(self, why: str) -> None:
-        self._log("device_fault", reason=why)
+    # ---- A device that fails --------------------------------------------------------------------------------------
+
+    def _device_failed(self, cause: Cause, why: object = "") -> None:
+        """The device must be reset: under the session as soon as this turn of the loop is over, or with it."""
+        self._log("device_fault", reason=cause.name.lower(), why=why)
+        if self._phase is Phase.SERVING:
+            self._failure = cause
+        else:
+            self._give_up(cause.name.lower())
+
+    def _device_is_gone(self) -> None:
+        """It does not answer any more: for good, unless there is a way by which it may come back."""
+        if self._link is None:
+            self._stop = Stop.UNPLUG
+        else:
+            self._give_up("gone")
+
+    def _recover(self, cause: Cause) -> None:
+        """Has the session go on with a device that was reset, or ends it."""
+        assert self._session is not None
+        assert self._station is not None
+        self._failure = None
+        self._enter(Phase.RECOVERING)
+        try:
+            recovered = self._recovery.attempt(self._session, self._station, cause, self._offloads)
+        except Gone:
+            self._device_is_gone()
+            return
+        if recovered:
+            self._enter(Phase.SERVING)
+            self._tell(self._net.facts.link)
+        else:
+            self._give_up(cause.name.lower())
+
+    def _give_up(self, why: str) -> None:
+        """The session ends, and the next begins with a device that was reset."""
         self._server.dismiss(Reason.DEVICE_RESET, f"the device is reset: {why}")
         self._restart = True
+
+    def _enter(self, phase: Phase) -> None:
+        check_move(self._phase, phase)
+        self._phase = phase

@@ -120,6 +120,18 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         help="poll this long after the last frame before sleeping (default: %(default)s)",
     )
     parser.add_argument(
+        "--queue-pairs",
+        metavar="N",
+        type=_pairs,
+        help="use so many receive and transmit queues, if the device has as many (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--stall-ms",
+        metavar="MS",
+        type=_milliseconds,
+        help="reset a device that has frames to send and sends none for so long; 0: never (default: %(default)s)",
+    )
+    parser.add_argument(
         "--without", metavar="FEATURE", action="append", help="do not use a virtio feature, such as MRG_RXBUF"
     )
     parser.add_argument(
@@ -150,6 +162,8 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         rx_buffers=1024,
         tx_buffers=512,
         spin_us=0,
+        queue_pairs=1,
+        stall_ms=5000,
         interface="auto",
         without=[],
     )
@@ -170,6 +184,8 @@ def _run(options: argparse.Namespace) -> int:
         rx_buffers=options.rx_buffers,
         tx_buffers=options.tx_buffers,
         spin_us=options.spin_us,
+        queue_pairs=options.queue_pairs,
+        stall_ms=options.stall_ms,
         rx_read_only=granted.mem_share == "ro",
         share=granted.mem_share is not None,
     )
@@ -235,6 +251,18 @@ def _service_uids(names: list[str] | None) -> list[int]:
             hint = "name the service's user with --service-uid" if not names else "name one that there is, or a uid"
             raise UsageError(f"there is no user {name}; {hint}") from None
     return uids
+
+
+def _pairs(text: str) -> int:
+    if not (text.isdecimal() and 1 <= int(text) <= 8):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of queue pairs from 1 to 8")
+    return int(text)
+
+
+def _milliseconds(text: str) -> int:
+    if not (text.isdecimal() and int(text) <= 3_600_000):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of milliseconds from 0 to 3600000")
+    return int(text)
 
 
 def _buffers(text: str) -> int:

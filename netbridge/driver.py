@@ -108,6 +108,7 @@ def _serve(start: dict[str, Any], fds: list[int], channel: socket.socket) -> Sto
                 interrupts=mode,
                 wanted=wanted,
                 tx_headers=settings.tx_headers,
+                most_pairs=settings.queue_pairs,
             )
         )
         request_fd, error_fd = _watch_device(device, stack)

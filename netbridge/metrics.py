@@ -32,12 +32,14 @@ DROP_REASONS = _names("nb_drop", "NB_DROP_", lib.NB_DROPS)
 REFUSALS = _names("nb_refusal", "NB_REFUSE_", lib.NB_REFUSALS)
 DEVICE_FAULTS = _names("nb_device_fault", "NB_FAULT_", lib.NB_FAULTS)
 LATENCY_STAGES = _names("nb_latency_stage", "NB_LATENCY_", lib.NB_LATENCY_STAGES)
+RECOVERIES = _names("nb_recovery", "NB_RECOVERY_", lib.NB_RECOVERIES)
 
 # Arrays of counters and what each place in them counts.
 _LABELS: dict[str, tuple[str, ...]] = {
     "drops": DROP_REASONS,
     "refused_handles": REFUSALS,
     "device_faults": DEVICE_FAULTS,
+    "recoveries": RECOVERIES,
     "rx_bursts": tuple(f"{1 << i}+" for i in range(12)),
     "tx_bursts": tuple(f"{1 << i}+" for i in range(12)),
 }
@@ -150,6 +152,8 @@ def as_dict(counters: Any) -> dict[str, Any]:
                 for row in value
                 if row.name[0]
             }
+        elif field.type.kind == "struct":
+            data[name] = summary(value)
         elif field.type.kind == "array":
             data[name] = {stage: summary(value[i]) for i, stage in enumerate(LATENCY_STAGES)}
         else:

@@ -17,6 +17,7 @@ from netbridge.ipc.offloads import TX_SEGMENTATION
 from netbridge.ipc.session import PortSession
 from netbridge.virtio import features
 from netbridge.virtio.net import NetDevice
+from vfio._record import NamedTuple
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ else:
 BUFFER_STRIDE = 2048
 MAX_MERGED_BUFFERS = 34  # a 64 KiB frame and its header in buffers of 2 KiB, rounded up
 BURST = 64
+STALL_MS = 5000  # what Linux gives a network device
 LEAST_RX_BUFFERS = 4
 ETHERNET_BYTES = 22  # its header and two VLAN tags
 LARGEST_PACKET = 65535  # that IP can say of itself
@@ -48,10 +50,14 @@ def _memory(buffers: int, name: str) -> vfio.Memory:
 
 
 class Settings:
-    """What can be chosen about a bridge. `rx_buffers`, `tx_buffers`: of 2 KiB each (where received frames need larger
-    ones, so many fewer of them); `spin_us`: how long the pump polls at most after the last frame before it sleeps,
-    microseconds; `rx_read_only`: the client may only read received frames;
-    `share`: frame memory may be given to a client at all, without which every client is turned away."""
+    """What can be chosen about a bridge.
+
+    `rx_buffers`, `tx_buffers`: of 2 KiB each (where received frames need larger ones, so many fewer of them).
+    `spin_us`: how long the pump polls at most after the last frame before it sleeps, microseconds. `queue_pairs`: how
+    many to use if the device has as many. `stall_ms`: a device that has frames to send and sends none for so long, in
+    milliseconds, is taken for stuck and reset (0: never). `rx_read_only`: the client may only read received frames.
+    `share`: frame memory may be given to a client at all, without which every client is turned away.
+    """
 
     def __init__(
         self,
@@ -59,12 +65,16 @@ class Settings:
         rx_buffers: int = 1024,
         tx_buffers: int = 512,
         spin_us: int = 0,
+        queue_pairs: int = 1,
+        stall_ms: int = STALL_MS,
         rx_read_only: bool = False,
         share: bool = True,
     ) -> None:
         self.rx_buffers = rx_buffers
         self.tx_buffers = tx_buffers
         self.spin_us = spin_us
+        self.queue_pairs = queue_pairs
+        self.stall_ms = stall_ms
         self.rx_read_only = rx_read_only
         self.share = share
 
@@ -81,6 +91,30 @@ class Settings:
     def dma_bytes(self) -> int:
         """Memory for frames that one session maps for the device."""
         return (self.rx_buffers + self.tx_buffers) * BUFFER_STRIDE
+
+
+class _Promises(NamedTuple):
+    """What a client was told of the device when its session began, and relies on."""
+
+    pairs: int
+    offloads: int
+    header_bytes: int
+    merges: bool
+    mtu: int
+
+    @classmethod
+    def of(cls, net: NetDevice) -> _Promises:
+        facts = net.facts
+        merges = net.negotiation.has(features.MRG_RXBUF)
+        return cls(len(net.pairs), net.offloads, facts.header_bytes, merges, facts.mtu)
+
+    def broken_by(self, now: _Promises) -> str:
+        """What is not as it was, in words; empty when all is."""
+        for name, was, has in zip(self._fields, self, now, strict=True):
+            # A larger MTU is no loss.
+            if has != was and not (name == "mtu" and has > was):
+                return f"{name.replace('_', ' ')} {has} instead of {was}"
+        return ""
 
 
 class AddressSpace(Protocol):
@@ -104,9 +138,12 @@ class Session:
 
     def __init__(self, number: int, net: NetDevice, iommu: AddressSpace, settings: Settings) -> None:
         self.number = number
+        self._settings = settings
         self._net = net
         self._pump = ffi.NULL
         self._ledgers: dict[str, Any] = {}
+        self._promised = _Promises.of(net)
+        self.is_salvaged = False
         rx_stride = stride_for(net.facts.smallest_rx_buffer, net.facts.header_bytes)
         rx_buffers = settings.rx_buffers * BUFFER_STRIDE // rx_stride
         if rx_buffers < LEAST_RX_BUFFERS:
@@ -143,7 +180,7 @@ class Session:
             )
             self._stack = stack.pop_all()
 
-    def start_pump(self, counters: Any, client_counters: Any, control_fd: int, spin_us: int) -> None:
+    def start_pump(self, counters: Any, client_counters: Any, control_fd: int) -> None:
         """Makes ledgers and pump, and fills the queues: everything before DRIVER_OK. `client_counters` is the client's
         own row of `counters`."""
         net, geometry = self._net, self.port.geometry
@@ -153,9 +190,7 @@ class Session:
         }
         interrupts = net.interrupts
         config = ffi.new("struct nb_pump_config *")
-        for place, pair in zip(config.pairs, net.pairs, strict=False):
-            place.rx_queue, place.tx_queue = pair.rx.handle, pair.tx.handle
-            place.rx_irq_fd, place.tx_irq_fd = pair.rx.irq_fd, pair.tx.irq_fd
+        _place_pairs(config.pairs, net)
         config.pair_count = len(net.pairs)
         config.rx_ledger, config.tx_ledger = self._ledgers["rx"], self._ledgers["tx"]
         self.port.place_rings(ffi, config)
@@ -168,7 +203,8 @@ class Session:
         config.tx_max_pieces = geometry.tx_pieces
         config.tx_largest_frame = geometry.tx_largest
         config.burst = BURST
-        config.spin_ns = spin_us * 1000
+        config.spin_ns = self._settings.spin_us * 1000
+        config.stall_ns = self._settings.stall_ms * 1_000_000
         config.intx_fd, config.intx_unmask_fd = interrupts.intx_fd, interrupts.intx_unmask_fd
         config.isr_status = ffi.cast("volatile uint8_t *", net.isr_address)
         config.client_doorbell_fd = self.port.client_doorbell_fd
@@ -186,6 +222,26 @@ class Session:
         result = ffi.new("struct nb_pump_result *")
         lib.nb_pump_run(self._pump, result)
         return result.event, result.detail
+
+    def salvage(self) -> int:
+        """After the device was halted: takes back all that it held. Returns how many frames were lost by it. Nothing is
+        pumped before `resume`."""
+        self.is_salvaged = True
+        return int(lib.nb_pump_salvage(self._pump))
+
+    def resume(self) -> None:
+        """After the device was configured anew: gives it its receive buffers. Raises DeviceError when it is not as it
+        was when the client was told of it."""
+        net = self._net
+        what = self._promised.broken_by(_Promises.of(net))
+        if what:
+            raise DeviceError(f"{net.name}: after its reset the device has {what}; the session was promised another")
+        pairs = ffi.new("struct nb_pump_pair[]", len(net.pairs))
+        _place_pairs(pairs, net)
+        headers = ffi.cast("uint8_t *", net.tx_headers.address)
+        if lib.nb_pump_resume(self._pump, pairs, len(net.pairs), headers, net.tx_headers.iova):
+            raise DeviceError(f"{net.name}: after its reset the device has queues or vectors other than before")
+        self.is_salvaged = False
 
     def stop_pump(self) -> dict[str, dict[str, int]]:
         """Frees pump and ledgers; returns who owned how many buffers of each region at that moment."""
@@ -229,3 +285,11 @@ class Session:
         if ledger == ffi.NULL:
             raise MemoryError("no memory for a ledger")
         return ledger
+
+
+def _place_pairs(places: Any, net: NetDevice) -> None:
+    """Fills as many `struct nb_pump_pair` as the device has pairs in use."""
+    for number, pair in enumerate(net.pairs):
+        place = places[number]
+        place.rx_queue, place.tx_queue = pair.rx.handle, pair.tx.handle
+        place.rx_irq_fd, place.tx_irq_fd = pair.rx.irq_fd, pair.tx.irq_fd

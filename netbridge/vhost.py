@@ -89,6 +89,7 @@ def run(manifest: Manifest, options: Options, log: Log, warn: Callable[[str], No
                 wanted=wanted,
                 required=REQUIRED,
                 tx_headers=options.settings.tx_headers,
+                most_pairs=options.settings.queue_pairs,
             )
         )
         link = stack.enter_context(

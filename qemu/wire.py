@@ -19,7 +19,7 @@ import select
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -187,6 +187,12 @@ class Wire(SuperSocket):  # type: ignore[misc]
                 with contextlib.suppress(BlockingIOError):
                     os.eventfd_read(self._readable)
             return frames
+
+    @contextlib.contextmanager
+    def deaf(self) -> Iterator[None]:
+        """Nothing is taken off the wire meanwhile: QEMU holds back what the guest sends. Sending goes on."""
+        with self._arrived:
+            yield
 
     def drain(self) -> list[bytes]:
         """Forget, and return, what has come and was not asked for yet. Does not wait."""

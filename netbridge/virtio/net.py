@@ -247,6 +247,12 @@ class NetDevice:
         Whatever uses the queues must have been freed. From every state but CLOSED. Raises ResetTimeout or Gone; the
         device is then cut off from memory and the state is FAILED.
         """
+        self.halt()
+        self._forget()
+
+    def halt(self) -> None:
+        """As `reset`, but the queues stay until the next `reset`, `configure` or `close`, for what the device has left
+        in them to be taken out. They must not be added to."""
         check_move(self.name, self.state, State.RESET)
         try:
             self._transport.reset(self._reset_deadline_s)
@@ -256,7 +262,6 @@ class NetDevice:
             self._attempt(error, "cutting it off from memory", lambda: self._transport.allow_dma(False))
             raise
         self._wiring.drain()
-        self._forget()
         self._move(State.RESET)
 
     def close(self) -> None:

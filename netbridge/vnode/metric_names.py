@@ -27,6 +27,8 @@ METRICS: tuple[Metric, ...] = (
     Metric("device_faults", "counter", "faults", "things the device did that no device may do, by kind"),
     Metric("sessions", "counter", "sessions", "client sessions begun"),
     Metric("resets", "counter", "resets", "device resets"),
+    Metric("recoveries", "counter", "recoveries", "device resets that the client's session went on over, by cause"),
+    Metric("recoveries_failed", "counter", "recoveries", "device resets that ended the client's session"),
     Metric("link_changes", "counter", "changes", "times the device's link went up or down"),
     Metric("interrupts", "counter", "interrupts", "interrupts taken from the device"),
     Metric("wakeups_sent", "counter", "wake-ups", "doorbells rung for the client"),
@@ -37,6 +39,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("rx_bursts", "histogram", "frames", "frames received in one go"),
     Metric("tx_bursts", "histogram", "frames", "frames sent in one go"),
     Metric("irq_latency_ns", "histogram", "nanoseconds", "interrupt latency, by stage"),
+    Metric("recovery_ns", "histogram", "nanoseconds", "from noticing that the device failed to frames flowing again"),
 )
 
 METRIC_NAMES: tuple[str, ...] = tuple(metric.name for metric in METRICS)

@@ -24,7 +24,7 @@ def test_a_reader_sees_what_the_driver_counted(page: metrics.CounterPage) -> Non
     page.counters.refused_handles[lib.NB_REFUSE_LEASE] = 1
     seen = metrics.read(page.path)
     assert seen["packets_rx"] == 7
-    assert seen["drops"] == {"client_slow": 3, "too_short": 0}
+    assert seen["drops"] == {"client_slow": 3, "too_short": 0, "device_reset": 0}
     assert seen["refused_handles"]["lease"] == 1
     assert seen == page.snapshot()
 

@@ -68,6 +68,7 @@ struct nb_ring_header {
 enum nb_drop {
     NB_DROP_CLIENT_SLOW, /* the client holds as many RX buffers as it may */
     NB_DROP_TOO_SHORT,   /* the device delivered less than an Ethernet header */
+    NB_DROP_DEVICE_RESET, /* it was on its way when the device had to be reset */
     NB_DROPS
 };
 
@@ -94,12 +95,23 @@ enum nb_device_fault {
     NB_FAULT_USED_ID,     /* used id out of range, or not in flight */
     NB_FAULT_USED_LENGTH, /* used length longer than the buffer, or shorter than the header */
     NB_FAULT_NUM_BUFFERS, /* a merged frame of no buffers, or of more than may be in one */
+    NB_FAULT_STALLED,     /* frames were given to it to be sent, and for too long it has completed none */
     NB_FAULTS
 };
 
 /* The stages of an interrupt's way: eventfd triggered to waiter awake (VFIO loop-back); waiter awake to queues drained;
  * doorbell rung to client awake. */
 enum nb_latency_stage { NB_LATENCY_DELIVERY, NB_LATENCY_DRAIN, NB_LATENCY_CLIENT, NB_LATENCY_STAGES };
+
+/* Why a device was reset under a session that went on. */
+enum nb_recovery {
+    NB_RECOVERY_NEEDS_RESET, /* it asked for it (virtio 1.3 §2.1.2) */
+    NB_RECOVERY_FAULT,       /* it did what no device may: an enum nb_device_fault but the next one */
+    NB_RECOVERY_STALLED,     /* a queue did not move */
+    NB_RECOVERY_CONTROL,     /* a command was not answered, or wrongly */
+    NB_RECOVERY_CONFIG,      /* its configuration was none, or never held still */
+    NB_RECOVERIES
+};
 
 /* Nanoseconds in buckets of a quarter power of two: bucket = 4*floor(log2 v) + next two bits; v < 4 in bucket v. */
 struct nb_histogram {
@@ -124,11 +136,13 @@ struct nb_counters {
     uint64_t packets_tx;
     uint64_t bytes_rx;
     uint64_t bytes_tx;
-    uint64_t drops[2];
+    uint64_t drops[3];
     uint64_t refused_handles[11];
-    uint64_t device_faults[4];
+    uint64_t device_faults[5];
     uint64_t sessions;
     uint64_t resets;
+    uint64_t recoveries[5];        /* sessions that went on over a reset of the device */
+    uint64_t recoveries_failed;    /* sessions that did not */
     uint64_t link_changes;
     uint64_t interrupts;
     uint64_t wakeups_sent;
@@ -139,6 +153,7 @@ struct nb_counters {
     uint64_t rx_bursts[12]; /* bursts that held 2^i to 2^(i+1)-1 frames */
     uint64_t tx_bursts[12];
     struct nb_histogram irq_latency_ns[3];
+    struct nb_histogram recovery_ns; /* from noticing to frames flowing again */
     struct nb_client_counters clients[16]; /* the last is everybody's for whom there was no place */
 };
 
@@ -253,6 +268,7 @@ struct nb_pump_config {
     uint32_t tx_largest_frame; /* bytes of the longest frame that may be sent, without the virtio header */
     uint32_t burst;            /* chains of each queue, and entries of each ring, moved in a round */
     uint32_t spin_ns;          /* poll at most this long after the last work before sleeping */
+    uint64_t stall_ns;         /* a device that has frames to send and completes none for so long is stuck; 0: never */
     int intx_fd;                  /* eventfd of INTx, or -1 */
     int intx_unmask_fd;           /* eventfd that VFIO unmasks INTx on, or -1 */
     volatile uint8_t *isr_status; /* ISR status register (virtio 1.3 §4.1.4.5), read once per INTx */
@@ -281,6 +297,13 @@ struct nb_pump *nb_pump_new(const struct nb_pump_config *config);
 void nb_pump_free(struct nb_pump *pump);
 /* Posts all RX buffers and puts all TX buffers into tx_done: before DRIVER_OK, once. Does not notify the device. */
 void nb_pump_prime(struct nb_pump *pump);
+/* After the device was reset, and before its queues are freed: takes back all that it held, as far as it had not completed
+ * it. Returns how many frames were lost. The pump must not run again before nb_pump_resume. */
+uint64_t nb_pump_salvage(struct nb_pump *pump);
+/* Gives the device its new queues, as nb_pump_new and nb_pump_prime did, before DRIVER_OK. -1: they do not suit the session:
+ * another number of pairs, other vectors, or too short. `tx_headers` as in nb_pump_config, zeroed. */
+int nb_pump_resume(struct nb_pump *pump, const struct nb_pump_pair *pairs, uint32_t pair_count, uint8_t *tx_headers,
+                   uint64_t tx_headers_iova);
 /* Moves frames until there is an event. Runs without the GIL. */
 void nb_pump_run(struct nb_pump *pump, struct nb_pump_result *result);
 

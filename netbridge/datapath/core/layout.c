@@ -27,6 +27,7 @@ _Static_assert(sizeof(struct vring_packed_event) == 4, "event suppression struct
 
 _Static_assert(NB_DROPS == sizeof((struct nb_counters){0}.drops) / 8, "a counter for every reason to drop");
 _Static_assert(NB_REFUSALS == sizeof((struct nb_counters){0}.refused_handles) / 8, "a counter for every refusal");
+_Static_assert(NB_RECOVERIES == sizeof((struct nb_counters){0}.recoveries) / 8, "a counter for every recovery");
 _Static_assert(NB_FAULTS == sizeof((struct nb_counters){0}.device_faults) / 8, "a counter for every device fault");
 _Static_assert(NB_LATENCY_STAGES == sizeof((struct nb_counters){0}.irq_latency_ns) / sizeof(struct nb_histogram),
                "a histogram for every stage");

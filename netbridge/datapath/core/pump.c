@@ -102,7 +102,9 @@ void nb_pump_run(struct nb_pump *pump, struct nb_pump_result *result)
     pump_stop_asking(pump);
     while (verdict == 0) {
         /* Counted here, so that no peer that keeps us from sleeping keeps us from looking. */
-        if (++rounds % ROUNDS_BETWEEN_LOOKS == 0 && (verdict = pump_look_at_fds(pump, 0)) != 0)
+        int timeout_ms;
+        if (++rounds % ROUNDS_BETWEEN_LOOKS == 0 && ((verdict = pump_look_at_fds(pump, 0)) != 0 ||
+                                                     (verdict = pump_look_for_stall(pump, &timeout_ms)) != 0))
             break;
         int moved = run_round(pump);
         if (moved != 0) {
@@ -127,8 +129,11 @@ void nb_pump_run(struct nb_pump *pump, struct nb_pump_result *result)
         }
         if (!pump_ask_for_wakeup(pump))
             continue;
+        verdict = pump_look_for_stall(pump, &timeout_ms);
+        if (verdict < 0)
+            break;
         count(&pump->config.counters->sleeps, 1);
-        verdict = pump_look_at_fds(pump, -1);
+        verdict = pump_look_at_fds(pump, timeout_ms);
         woken_at = now_ns();
         pump_stop_asking(pump);
     }
@@ -222,12 +227,16 @@ void nb_pump_free(struct nb_pump *pump)
     free(pump);
 }
 
-void nb_pump_prime(struct nb_pump *pump)
+void pump_show_free_buffers(struct nb_pump *pump)
 {
     pump_post_free_buffers(pump);
-    /* The device may look from DRIVER_OK on; the notification comes with the first round. */
     for (uint32_t i = 0; i < pump->config.pair_count; i++)
         virtqueue_show(pump->pairs[i].rx_queue);
+}
+
+void nb_pump_prime(struct nb_pump *pump)
+{
+    pump_show_free_buffers(pump);
     struct nb_ledger *tx = pump->config.tx_ledger;
     while (ledger_free_count(tx) != 0)
         pump_acknowledge(pump, ledger_take_for_device(tx));

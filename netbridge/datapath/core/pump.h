@@ -3,6 +3,8 @@
  *     receive.c   device to client, and the buffers back
  *     transmit.c  client to device, and the buffers back
  *     wake.c      going to sleep, being woken, waking others
+ *     watchdog.c  whether the device is stuck
+ *     recover.c   a reset of the device under the session
  *     pump.c      the rounds of these, making and freeing
  *
  * Every function that moves something returns how much it moved, or a negative verdict: see CLIENT_FAULT and DEVICE_FAULT.
@@ -64,6 +66,9 @@ struct pump_pair {
      * as there are some, unless it comes behind what is for another. */
     uint32_t backlog_first;
     uint32_t backlog_last;
+    uint32_t completed;        /* frames sent on this pair, ever; for the watchdog */
+    uint32_t completed_before; /* and when it last looked */
+    uint64_t stalled_since;    /* frames are in flight and none was completed since; 0: none are, or nobody has looked */
 };
 
 struct nb_pump {
@@ -80,6 +85,7 @@ struct nb_pump {
     uint64_t doorbell_ns; /* when the client's bell was last rung; 0: its wake-up was accounted for */
     struct polling polling;
     struct tx_frame gathered; /* the frame that the client is sending */
+    uint8_t kept_header[NB_NET_HEADER_BYTES]; /* of that frame, while the device is reset */
     struct tx_piece *tx_pieces;
     struct pump_pair pairs[NB_MOST_PAIRS];
 };
@@ -90,8 +96,19 @@ static inline struct pump_pair *pair_in_turn(struct nb_pump *pump, uint32_t i)
     return &pump->pairs[number < pump->config.pair_count ? number : number - pump->config.pair_count];
 }
 
+/* Where the device reads the header of a sent frame that has one, by the frame's first buffer. */
+static inline struct net_header *tx_header_of(const struct nb_pump *pump, uint32_t first)
+{
+    return (struct net_header *)(void *)(pump->config.tx_headers + (uint64_t)(1 + first) * NB_TX_HEADER_STRIDE);
+}
+
 /* Publishes what was added to a queue, and tells the device if it wants to be told. */
 void pump_notify(struct nb_pump *pump, struct nb_virtqueue *queue);
+/* Posts what buffers there are, for a device that looks from DRIVER_OK on; the notification comes with the first round. */
+void pump_show_free_buffers(struct nb_pump *pump);
+
+/* watchdog.c: 0, or a verdict; and how long the pump may sleep until the next look, -1: for ever. */
+int pump_look_for_stall(struct nb_pump *pump, int *timeout_ms);
 
 /* receive.c */
 int pump_receive(struct nb_pump *pump, struct pump_pair *pair);

@@ -18,11 +18,6 @@ static uint64_t header_iova(const struct nb_pump *pump, uint32_t first)
     return pump->config.tx_headers_iova + (uint64_t)slot * NB_TX_HEADER_STRIDE;
 }
 
-static struct net_header *header_of(const struct nb_pump *pump, uint32_t first)
-{
-    return (struct net_header *)(void *)(pump->config.tx_headers + (uint64_t)(1 + first) * NB_TX_HEADER_STRIDE);
-}
-
 static bool has_room_for(const struct pump_pair *pair, uint32_t pieces)
 {
     return virtqueue_has_room(pair->tx_queue, 1 + pieces);
@@ -94,7 +89,7 @@ static void take_header(struct nb_pump *pump, uint32_t first)
 {
     const struct nb_ledger *ledger = pump->config.tx_ledger;
     const uint8_t *from = ledger_address(ledger, first) + ledger->region.headroom - NB_NET_HEADER_BYTES;
-    uint8_t *to = (uint8_t *)header_of(pump, first);
+    uint8_t *to = (uint8_t *)tx_header_of(pump, first);
     for (uint32_t at = 0; at < NB_NET_HEADER_BYTES; at += sizeof(uint32_t)) {
         uint32_t word = load_once_32((const uint32_t *)(const void *)(from + at));
         memcpy(to + at, &word, sizeof(word));
@@ -160,7 +155,7 @@ static int finish_sent(struct nb_pump *pump)
 {
     struct tx_frame *frame = &pump->gathered;
     uint32_t first = frame->first;
-    if (frame->has_header && !net_header_check(header_of(pump, first), frame->bytes, pump->config.offloads))
+    if (frame->has_header && !net_header_check(tx_header_of(pump, first), frame->bytes, pump->config.offloads))
         return client_fault(NB_REFUSE_HEADER);
     struct tx_piece *piece = &pump->tx_pieces[first];
     piece->pieces = (uint16_t)frame->pieces;
@@ -260,6 +255,7 @@ int pump_complete(struct nb_pump *pump, struct pump_pair *pair)
         }
     }
     if (taken) {
+        pair->completed += (uint32_t)taken;
         count(&counters->packets_tx, (uint64_t)taken);
         count(&counters->bytes_tx, bytes);
         ring_publish(&pump->config.tx_done, pump->tx_done_put);

@@ -269,6 +269,13 @@ static void open_device(struct world *world)
                                                  NB_TX_HEADER_STRIDE, true, false});
     fake_window_add(device, (struct fake_window){RX_QUEUE_IOVA, world->rx_memory.device, world->rx_memory.bytes, 0, true, true});
     fake_window_add(device, (struct fake_window){TX_QUEUE_IOVA, world->tx_memory.device, world->tx_memory.bytes, 0, true, true});
+    world_attach_device(world);
+}
+
+void world_attach_device(struct world *world)
+{
+    struct fake_device *device = &world->device;
+    device->lie = FAKE_HONEST;
     attach(world, device, &device->rx, &world->rx_config, &world->rx_layout, &world->rx_notify, world->rx_irq_fd);
     attach(world, device, &device->tx, &world->tx_config, &world->tx_layout, &world->tx_notify, world->tx_irq_fd);
 }
@@ -354,6 +361,7 @@ static void open_pump(struct world *world)
         .rx_client_limit = config->client_limit,
         .burst = config->burst,
         .spin_ns = config->spin_ns,
+        .stall_ns = config->stall_ns,
         .tx_max_pieces = config->tx_max_pieces,
         .tx_largest_frame = config->tx_largest_frame,
         .intx_fd = world->intx_fd,

@@ -32,6 +32,7 @@ struct world_config {
     uint32_t client_limit;    /* [rx_count] */
     uint32_t burst;           /* [64] */
     uint32_t spin_ns;         /* [0] */
+    uint64_t stall_ns;        /* [0: no device is ever stuck] */
     uint32_t ring_position;   /* where the ring counts begin [0] */
     uint16_t queue_index;     /* where the virtqueues' indices begin, modulo what they count to [0] */
     struct fake_features ring; /* and those that CORE_RING names [none] */
@@ -92,6 +93,8 @@ void world_close(struct world *world);
 /* world_close without the checks. */
 void world_discard(struct world *world);
 void world_check_books(const struct world *world);
+/* DRIVER_OK: the first pair's device finds its queues, and is honest. */
+void world_attach_device(struct world *world);
 
 /* Runs the pump in this thread until it has nothing more to do: what it came back with (NB_EVENT_CONTROL when idle). */
 struct nb_pump_result world_pump(struct world *world);

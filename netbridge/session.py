@@ -158,9 +158,11 @@ class Session:
             # Sealed by the port session, which knows how, once everybody who may write has mapped it.
             self._rx = stack.enter_context(_memory(settings.rx_buffers, "netbridge-rx"))
             self._tx = stack.enter_context(_memory(settings.tx_buffers, "netbridge-tx"))
-            self._rx_map = stack.enter_context(iommu.map(self._rx))
             # The device only reads what is sent.
             self._tx_map = stack.enter_context(iommu.map(self._tx, write=False))
+            # The last to be mapped and the first to be unmapped: a vhost-user back-end maps what is left anew each
+            # time, and cannot once the memory is sealed against being mapped for writing.
+            self._rx_map = stack.enter_context(iommu.map(self._rx))
             self.port = stack.enter_context(
                 PortSession(
                     number,

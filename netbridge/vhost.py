@@ -63,11 +63,6 @@ def run(manifest: Manifest, options: Options, log: Log, warn: Callable[[str], No
     granted = manifest.capabilities
     granted.require(NETWORK, "opening a network device")
     granted.require_dma(options.settings.dma_bytes + QUEUE_MEMORY, "the frame buffers and the virtqueues")
-    if options.settings.rx_read_only:
-        raise UsageError(
-            f"{SHARE}: ro cannot be kept with --vhost-user: the back-end maps the frame memory for writing again and "
-            f"again, which that forbids; use a manifest that grants {SHARE} plainly"
-        )
     wanted = features.select(options.without_features)
     warn(
         f"--vhost-user: the device is the back-end at {options.path}; {manifest.name}'s CAP_HARDWARE_IO_PCI and "

@@ -65,9 +65,9 @@ def read_pcap(path: Path) -> list[bytes]:
 class Driver:
     """`netbridge run --vhost-user`. `log` is what it logged, after `stop`."""
 
-    def __init__(self, directory: Path, device: Path, *options: str) -> None:
+    def __init__(self, directory: Path, device: Path, *options: str, read_only: bool = False) -> None:
         manifest = directory / "vnode.yml"
-        manifest.write_text(_MANIFEST)
+        manifest.write_text(_MANIFEST.replace("CAP_MEM_SHARE", "CAP_MEM_SHARE: ro") if read_only else _MANIFEST)
         self.socket = directory / "port.sock"
         self.command_line = [sys.executable, "-m", "netbridge", "run", str(manifest), "--vhost-user", str(device)]
         self.command_line += ["--socket", str(self.socket), "--service-uid", str(os.getuid()), "--json", *options]
@@ -108,8 +108,9 @@ class Driver:
 
 
 @contextmanager
-def driver(directory: Path, device: Path, *options: str) -> Iterator[Driver]:
-    it = Driver(directory, device, *options)
+def driver(directory: Path, device: Path, *options: str, read_only: bool = False) -> Iterator[Driver]:
+    """`read_only`: the manifest lets clients only read received frames."""
+    it = Driver(directory, device, *options, read_only=read_only)
     try:
         yield it
     finally:

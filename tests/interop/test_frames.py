@@ -127,6 +127,23 @@ def test_echo_service(tmp_path: Path, ring: str, merges: bool) -> None:
     assert_ledger(driver, incoming, exchanged)
 
 
+def test_one_client_after_another_that_may_only_read(tmp_path: Path) -> None:
+    """The back-end maps the memory anew whenever it changes, and the client's seal forbids that for what it covers."""
+    device = tmp_path / "nic"
+    incoming = rig.frames(lengths(50), seed=9)
+    with rig.pcap_device(tmp_path, device, incoming) as testpmd, rig.driver(tmp_path, device, read_only=True) as driver:
+        for _ in range(3):
+            with driver.connect():
+                testpmd.await_link()
+        with driver.connect() as port:
+            testpmd.await_link()
+            testpmd.tell("start")
+            rig.assert_same(rig.receive(port, len(incoming)), incoming)
+        driver.stop()
+    assert driver.log.count("back_end_found") == 1, "no client cost us the back-end"
+    assert_ledger(driver, incoming, [])
+
+
 class echo:  # noqa: N801 - used as a function
     """The reference service on the driver's port, as a process of its own."""
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 import netbridge
-from netbridge import client, vnode
+from netbridge import client
 from netbridge.errors import UsageError
 from netbridge.ipc.errors import PortClosed, Reason
 from netbridge.ipc.offloads import ALL_OFFLOADS, NO_OFFLOADS, TX_OFFLOADS
@@ -226,16 +226,6 @@ def test_stops_while_nobody_is_there(tmp_path: Path) -> None:
 def test_no_mac_address(text: str) -> None:
     with pytest.raises(UsageError, match="MAC address"):
         parse_mac(text)
-
-
-def test_memory_that_a_client_may_only_read(tmp_path: Path) -> None:
-    manifest = tmp_path / "vnode.yml"
-    packaged = Path(vnode.__file__).parent / "net-bridge" / "vnode.yml"
-    manifest.write_text(packaged.read_text().replace("- CAP_MEM_SHARE", "- CAP_MEM_SHARE: ro"))
-    command = [sys.executable, "-m", "netbridge", "run", str(manifest), "--vhost-user", str(tmp_path / "nic")]
-    done = subprocess.run([*command, "--service-uid", "0"], capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert "CAP_MEM_SHARE: ro cannot be kept with --vhost-user" in done.stderr
 
 
 def test_options_that_need_a_back_end() -> None:

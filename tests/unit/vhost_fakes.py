@@ -109,7 +109,7 @@ class FakeBackEnd:
             with stream:
                 while self._one(stream):
                     pass
-        except OSError:
+        except (BrokenPipeError, ConnectionResetError):
             pass  # the front-end hung up
         except BaseException as error:
             self.failure = error

@@ -73,6 +73,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_run(verbs.add_parser("run", help="claim the manifest's function and serve its port until stopped"))
     _add_check(verbs.add_parser("check", help="check a manifest and show what it grants"))
     _add_stats(verbs.add_parser("stats", help="show the counters of a running driver"))
+    _add_top(verbs.add_parser("top", help="show what a running driver does, refreshed"))
+    _add_exporter(verbs.add_parser("exporter", help="export a running driver's counters to Prometheus"))
     _add_capture(verbs.add_parser("capture", help="take the port and write its frames to a pcapng file"))
     _add_tap(verbs.add_parser("tap", help="put the Linux stack behind the port, through a TAP device"))
     _add_debug(verbs.add_parser("debug", help="read and write a function's registers raw (needs CAP_SYSCALL_RAW)"))
@@ -299,9 +301,9 @@ def _add_check(parser: argparse.ArgumentParser) -> None:
 
 def _add_stats(parser: argparse.ArgumentParser) -> None:
     parser.description = "Reads the counters page of a running driver, without disturbing it."
-    parser.add_argument("--counters", metavar="PATH", help="the counters page (default: %(default)s)")
+    _add_counters(parser)
     parser.add_argument("--json", action="store_true", help="as one JSON object")
-    parser.set_defaults(verb=_stats, counters=f"{RUN_DIRECTORY}/aethernet.sock.counters")
+    parser.set_defaults(verb=_stats)
 
 
 def _stats(options: argparse.Namespace) -> int:
@@ -322,6 +324,54 @@ def _stats(options: argparse.Namespace) -> int:
         else:
             print(f"{name:<26} 0")
     return ExitCode.OK
+
+
+def _add_top(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Shows rates and latencies from a driver's counters page, without disturbing it: the metrics that its manifest "
+        "lists. Ends with Ctrl-C."
+    )
+    _add_counters(parser)
+    parser.add_argument(
+        "--interval", metavar="SECONDS", type=_seconds, default=1.0, help="between two readings (%(default)s)"
+    )
+    parser.add_argument("--once", action="store_true", help="two readings, and end")
+    parser.add_argument("--json", action="store_true", help="a JSON object a line")
+    parser.set_defaults(verb=_top)
+
+
+def _top(options: argparse.Namespace) -> int:
+    from netbridge import top
+
+    return top.main(options)
+
+
+def _add_exporter(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Exports the metrics that a driver's manifest lists, read from its counters page at each scrape, without "
+        "disturbing it. Needs prometheus_client, and no rights."
+    )
+    _add_counters(parser)
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument(
+        "--listen", metavar="ADDRESS:PORT", default="127.0.0.1:9117", help="serve HTTP there (%(default)s; port 0: any)"
+    )
+    how.add_argument(
+        "--textfile", metavar="FILE", help="write a file for the node exporter's textfile collector, and end"
+    )
+    how.add_argument("--print", action="store_true", help="print them once, and end")
+    parser.set_defaults(verb=_exporter)
+
+
+def _exporter(options: argparse.Namespace) -> int:
+    from netbridge import exporter
+
+    return exporter.main(options)
+
+
+def _add_counters(parser: argparse.ArgumentParser) -> None:
+    default = f"{RUN_DIRECTORY}/aethernet.sock.counters"
+    parser.add_argument("--counters", metavar="PATH", default=default, help="the counters page (default: %(default)s)")
 
 
 def _add_capture(parser: argparse.ArgumentParser) -> None:

@@ -16,6 +16,7 @@ from netbridge.errors import NetbridgeError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from typing import Any
 
 MAGIC = int.from_bytes(b"NBCOUNT1", "little")
@@ -57,8 +58,9 @@ class CounterPage:
     removes it in `close`; a driver takes over the file it is handed, with `adopt`. `counters` is a
     `struct nb_counters *` for the core, good until `close`; `fd` is the file, for handing it over."""
 
-    def __init__(self, path: str) -> None:
-        """Raises NetbridgeError when the file cannot be made."""
+    def __init__(self, path: str, exported: Iterable[str] | None = None) -> None:
+        """`exported`: the metrics that the manifest lists; all of them if not said. Raises
+        NetbridgeError when the file cannot be made."""
         self.path = path
         size = ffi.sizeof("struct nb_counters")
         temporary = f"{path}.{os.getpid()}"
@@ -79,6 +81,11 @@ class CounterPage:
         except OSError as error:
             raise NetbridgeError(f"cannot make the counters page {path}: {error.strerror}") from error
         self.counters.size = size
+        # Not needed by a driver, which has no room for it.
+        from netbridge.vnode.metric_names import METRIC_NAMES
+
+        listed = METRIC_NAMES if exported is None else exported
+        self.counters.exported = sum(1 << METRIC_NAMES.index(name) for name in listed)
         self.counters.magic = MAGIC
 
     @classmethod
@@ -121,6 +128,18 @@ class CounterPage:
 
 def read(path: str) -> dict[str, Any]:
     """The counters of a running driver. Raises CountersUnreadable for a file that is not such a page."""
+    return as_dict(load(path))
+
+
+def exported(counters: Any) -> tuple[str, ...]:
+    """The metrics that the driver's manifest lists."""
+    from netbridge.vnode.metric_names import METRIC_NAMES
+
+    return tuple(name for bit, name in enumerate(METRIC_NAMES) if counters.exported >> bit & 1)
+
+
+def load(path: str) -> Any:
+    """A copy of the page as a `struct nb_counters *`. Raises CountersUnreadable."""
     size = ffi.sizeof("struct nb_counters")
     try:
         with open(path, "rb") as file:
@@ -134,7 +153,7 @@ def read(path: str) -> dict[str, Any]:
         raise CountersUnreadable(f"{path} is no counters page of this version ({size} bytes were expected)")
     counters = ffi.new("struct nb_counters *")
     ffi.memmove(counters, data, size)
-    return as_dict(counters)
+    return counters
 
 
 def as_dict(counters: Any) -> dict[str, Any]:
@@ -142,7 +161,7 @@ def as_dict(counters: Any) -> dict[str, Any]:
     data: dict[str, Any] = {}
     for name, field in ffi.typeof("struct nb_counters").fields:
         value = getattr(counters, name)
-        if name in ("magic", "size"):
+        if name in ("magic", "size", "exported"):
             continue
         if name in _LABELS:
             data[name] = {label: int(value[i]) for i, label in enumerate(_LABELS[name])}
@@ -201,11 +220,11 @@ def quantile(histogram: Any, fraction: float) -> int:
     for bucket, count in enumerate(histogram.buckets):
         seen += count
         if count and seen >= wanted:
-            return min(_bucket_end(bucket), int(histogram.max_ns))
+            return min(bucket_end(bucket), int(histogram.max_ns))
     return 0
 
 
-def _bucket_end(bucket: int) -> int:
+def bucket_end(bucket: int) -> int:
     """The largest value of a bucket (nb_histogram_add in the core)."""
     if bucket < 8:
         return bucket

@@ -121,7 +121,7 @@ def run(manifest: Manifest, options: Options, log: Log, warn: Callable[[str], No
         group = _make_cgroup(address, stack, log)
         # Before the device is touched: a socket that is taken should cost nobody a reset.
         port = stack.enter_context(PortListener(options.socket_path))
-        page = metrics.CounterPage(options.counters_path)
+        page = metrics.CounterPage(options.counters_path, manifest.metrics)
         stack.callback(page.close)
         function = vfio.PciFunction(address)
         # Before it is taken from its driver: this could be the disk that the system runs from.

@@ -132,6 +132,7 @@ struct nb_client_counters {
 struct nb_counters {
     uint64_t magic; /* "NBCOUNT1", little-endian */
     uint64_t size;  /* sizeof(struct nb_counters) */
+    uint64_t exported; /* bit n: the manifest lists metric n (netbridge/vnode/metric_names.py) */
     uint64_t packets_rx;
     uint64_t packets_tx;
     uint64_t bytes_rx;

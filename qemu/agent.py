@@ -31,6 +31,8 @@ from qemu.errors import AgentError, GuestLost, HarnessError
 KEEP = 8 << 20
 """Bytes of each output stream kept in memory by default; older ones are dropped (and still go to the log file)."""
 SEND_SECONDS = 20.0
+BULK = ("output", "stdin", "data", "ack")
+LONGEST_NOTE = 4096
 ANSWER_SECONDS = 20.0
 """How long the agent may take over a request that only costs it milliseconds."""
 
@@ -347,12 +349,15 @@ class Agent:
         channel: socket.socket,
         on_hello: Callable[[], None] = lambda: None,
         why_closed: Callable[[], str] = lambda: "QEMU has closed the agent's port",
+        transcript: Path | None = None,
     ):
+        """`transcript` is a file that gets a line for each frame but those that only carry data."""
         self.changed = threading.Condition()
         self.hello: dict[str, Any] | None = None
         """What the agent said of itself: protocol, pid, python, kernel, uptime (s). None while it is not there."""
         self.garbage = 0
         """Bytes that one of the two ends could not make sense of."""
+        self._transcript = transcript.open("w", encoding="utf-8") if transcript is not None else None
         self._channel = channel
         self._on_hello = on_hello
         self._why_closed = why_closed
@@ -411,6 +416,19 @@ class Agent:
         if threading.current_thread() is not self._reader:
             self._reader.join()
         self._channel.close()
+        if self._transcript is not None:
+            self._transcript.close()
+
+    def _note(self, direction: str, header: Mapping[str, Any], payload: bytes | memoryview) -> None:
+        if self._transcript is None or header.get("event", header.get("op")) in BULK:
+            return
+        # Of payloads only programs are text.
+        text = payload[:LONGEST_NOTE] if header.get("op") in ("eval", "call") else b""
+        shown = bytes(text).decode(errors="replace")
+        line = json.dumps({**header, **({"payload": shown} if shown else {})})
+        with contextlib.suppress(ValueError):  # it is closed, and what comes now interests nobody
+            self._transcript.write(f"{time.time():.6f} {direction} {line}\n")
+            self._transcript.flush()
 
     def _read(self) -> None:
         decoder = Decoder()
@@ -437,6 +455,7 @@ class Agent:
 
     def _dispatch(self, header: dict[str, Any], payload: bytes) -> int:
         ident, event = header.get("id"), header.get("event")
+        self._note("<-", header, payload)
         if ident == 0:
             if event == "hello":
                 if self._requests:
@@ -478,6 +497,7 @@ class Agent:
         with self._sending:
             if self._lost is not None:
                 raise GuestLost(self._lost)
+            self._note("->", header, payload)
             try:
                 poll.register(self._channel, select.POLLOUT)
                 while view:

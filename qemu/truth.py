@@ -21,6 +21,7 @@ KINDS = (FAULTS, KERNEL, DRIVERS, FILES)
 STALL = re.compile(r"blocked|stall|lockup")
 """Of a kernel's complaints, what a busy host alone can cause."""
 
+LOOK_SECONDS = 60.0
 LOOK = """
 import glob, os
 def _drivers():
@@ -54,7 +55,7 @@ class Truth:
 
     def __init__(self, guest: Guest):
         self._guest = guest
-        self._drivers, _ = guest.eval(LOOK)
+        self._drivers, _ = guest.eval(LOOK, LOOK_SECONDS)
         self._console = len(guest.kernel_trouble())
         self._log = guest.dmesg().count("\n") + 1
 
@@ -65,7 +66,7 @@ class Truth:
         """
         found: list[tuple[str, str]] = []
         if self._guest.lost is None and self._guest.agent.ready:
-            drivers, files = self._guest.eval(LOOK)
+            drivers, files = self._guest.eval(LOOK, LOOK_SECONDS)
             for address, before in self._drivers.items():
                 now = drivers.get(address)
                 if now != before:

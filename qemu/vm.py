@@ -100,7 +100,7 @@ class VirtualMachine:
         # The watchers are there before there is anything to see, and stay until there is nothing more.
         self._console = Console(ends["console"], self._on_panic)
         stack.callback(self._console.close)
-        self.agent = Agent(ends["agent"], self._on_hello, self._why_closed)
+        self.agent = Agent(ends["agent"], self._on_hello, self._why_closed, self.artefacts / "agent.log")
         stack.callback(self.agent.close)
         self._control = Control(ends["control"], self.artefacts / "qmp.log", self._on_event)
         stack.callback(self._control.close)

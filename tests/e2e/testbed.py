@@ -24,7 +24,7 @@ SOCKET = "/run/netbridge/aethernet.sock"
 MANIFEST = "/tmp/vnode.yml"
 SERVICE_USER = "aethernet"
 START_SECONDS = 60.0
-STOP_SECONDS = 20.0
+STOP_SECONDS = 60.0
 
 FIND_NICS = """
 import glob, os
@@ -122,7 +122,9 @@ class Testbed:
 
     def counters(self) -> dict[str, Any]:
         """The driver's counters at this moment, read from outside."""
-        counters: dict[str, Any] = json.loads(self.guest.run(netbridge("stats", "--json")).stdout)
+        counters: dict[str, Any] = json.loads(
+            self.guest.run(netbridge("stats", "--json"), timeout=START_SECONDS).stdout
+        )
         return counters
 
     def restart_echo(self, end: signal.Signals = signal.SIGTERM) -> None:

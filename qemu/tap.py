@@ -1,0 +1,122 @@
+"""A NIC's other end as a network interface of the host's kernel, in a network namespace of its own.
+
+For what a Wire cannot do: several queue pairs, offloads (the kernel takes and gives a virtio header with each frame),
+and the whole of Linux as the peer. It takes root, or at least CAP_NET_ADMIN; nobody else's interface is seen or touched,
+and the namespace goes with its last user.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import os
+import shutil
+import socket
+import struct
+import subprocess
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Self
+
+from pyroute2 import IPRoute
+
+from qemu.capabilities import lacks_root
+from qemu.errors import HarnessError, ToolMissing
+
+CLONE_NEWNET = 0x40000000  # linux/sched.h
+TUNSETIFF = 0x400454CA  # linux/if_tun.h
+IFF_TAP, IFF_NO_PI, IFF_MULTI_QUEUE, IFF_VNET_HDR = 0x0002, 0x1000, 0x0100, 0x4000
+ETH_P_ALL = 3
+MOST_QUEUES = 8
+
+
+class Tap:
+    """An interface with `queues` queue pairs and an address such as "10.9.8.2/24", or none; up from the start.
+
+    Give the NIC properties={"mq": "on", "vectors": 2 * queues + 2} for more than one pair. Raises HarnessError with
+    the reason when this user may not make interfaces.
+    """
+
+    def __init__(self, address: str | None = None, *, queues: int = 1, offloads: bool = True, name: str = "tap0"):
+        if not 1 <= queues <= MOST_QUEUES:
+            raise ValueError(f"a tap has 1 to {MOST_QUEUES} queue pairs, not {queues}")
+        if reason := lacks_root():
+            raise HarnessError(f"an interface of the host {reason}")
+        self.name = name
+        self.queues = queues
+        self.offloads = offloads
+        self.closed = False
+        self._fds: list[int] = []
+        self._namespace = -1
+        try:
+            # A thread of its own, because a namespace is entered by a thread; it ends, and the namespace stays.
+            with ThreadPoolExecutor(1) as pool:
+                pool.submit(self._make, address).result()
+        except BaseException:
+            self.close()
+            raise
+
+    def _make(self, address: str | None) -> None:
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.unshare(CLONE_NEWNET):
+            raise HarnessError(f"no network namespace for {self.name}: {os.strerror(ctypes.get_errno())}")
+        self._namespace = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+        flags = IFF_TAP | IFF_NO_PI | (IFF_VNET_HDR if self.offloads else 0)
+        flags |= IFF_MULTI_QUEUE if self.queues > 1 else 0
+        for _ in range(self.queues):
+            fd = os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
+            self._fds.append(fd)
+            fcntl.ioctl(fd, TUNSETIFF, struct.pack("16sH22x", self.name.encode(), flags))
+        with IPRoute() as routes:
+            for name in ("lo", self.name):
+                (index,) = routes.link_lookup(ifname=name)
+                routes.link("set", index=index, state="up")
+            if address is not None:
+                host, _, length = address.partition("/")
+                routes.addr("add", index=index, address=host, prefixlen=int(length or 24))
+        # Every frame that passes the interface, in both directions, for whoever wants to look.
+        self.packets = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(ETH_P_ALL))
+        self.packets.bind((self.name, ETH_P_ALL))
+
+    # What the command line of QEMU is made of
+
+    def netdev(self, ident: str) -> str:
+        fds = ":".join(map(str, self._fds))
+        word = f"fds={fds}" if self.queues > 1 else f"fd={fds}"
+        return f"tap,id={ident},{word},vnet_hdr={'on' if self.offloads else 'off'}"
+
+    def fds(self) -> Sequence[int]:
+        return tuple(self._fds)
+
+    def attached(self) -> None:
+        """QEMU has inherited the queues: our copies are closed, so that the interface goes with QEMU."""
+        for fd in self._fds:
+            os.close(fd)
+        self._fds.clear()
+
+    # What one does with it
+
+    def run(self, argv: Sequence[str], timeout: float = 30.0) -> subprocess.CompletedProcess[str]:
+        """Run a command of the host in the interface's namespace. Raises CalledProcessError, TimeoutExpired."""
+        if shutil.which("nsenter") is None:
+            raise ToolMissing("nsenter is not installed: apt-get install util-linux")
+        enter = ["nsenter", f"--net=/proc/{os.getpid()}/fd/{self._namespace}"]
+        return subprocess.run([*enter, *argv], check=True, capture_output=True, text=True, timeout=timeout)
+
+    def close(self) -> None:
+        """Nothing of it is left once QEMU has ended, too. May be called again."""
+        self.closed = True
+        self.attached()
+        if hasattr(self, "packets"):
+            self.packets.close()
+        if self._namespace >= 0:
+            with contextlib.suppress(OSError):
+                os.close(self._namespace)
+            self._namespace = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,56 @@
+"""Other peers of a guest's NIC than one wire: an interface of the host's kernel, and another guest."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from qemu.guest import Guest, Nic
+from qemu.session import Session
+from qemu.switch import Harm, Switch
+from qemu.tap import Tap
+
+
+def interface(guest: Guest, address: str) -> str:
+    """The kernel's name for the guest's first NIC, after it was given an address."""
+    (name,) = guest.run(["sh", "-c", "ls /sys/bus/pci/devices/0000:01:00.0/virtio*/net"]).stdout.split()
+    guest.run(["sh", "-c", f"ip addr add {address} dev {name} && ip link set {name} up"])
+    return name
+
+
+@pytest.mark.needs_root
+def test_the_host_s_kernel_as_peer_with_two_queue_pairs_and_offloads(guests: Session, artefacts: Path) -> None:
+    with Tap("10.9.8.2/24", queues=2) as tap:
+        nic = Nic(wire=tap, properties={"mq": "on", "vectors": 6})
+        with guests.boot(artefacts.name, nics=[nic]) as guest:
+            name = interface(guest, "10.9.8.1/24")
+            pinged = tap.run(["ping", "-c", "3", "-i", "0.2", "-W", "20", "10.9.8.1"], timeout=90).stdout
+            assert "0% packet loss" in pinged
+            queues = guest.run(["ls", f"/sys/class/net/{name}/queues"]).stdout.split()
+            assert {"rx-0", "rx-1", "tx-0", "tx-1"} <= set(queues)
+            path = f"/machine/peripheral/{nic.id}/virtio-backend"
+            features = str(guest.qmp("x-query-virtio-status", path=path)["guest-features"])
+            assert "VIRTIO_NET_F_MQ" in features
+            assert "VIRTIO_NET_F_HOST_TSO4" in features
+    assert tap.closed
+
+
+def test_two_guests_joined_by_a_switch_that_loses_frames(guests: Session, artefacts: Path) -> None:
+    nics = [Nic(mac=f"52:54:00:00:00:0{n}") for n in (1, 2)]
+    with (
+        guests.boot(f"{artefacts.name}/one", nics=[nics[0]]) as one,
+        guests.boot(f"{artefacts.name}/two", nics=[nics[1]]) as two,
+        Switch([one.wire, two.wire], Harm(duplication=0.5, seed=3)) as switch,
+    ):
+        interface(one, "10.9.8.1/24")
+        interface(two, "10.9.8.2/24")
+        ping = ["busybox", "ping", "-c", "10", "-i", "0.2", "-W", "20", "10.9.8.2"]
+        said = one.run(ping, timeout=90).stdout
+        assert "10 packets received" in said
+        assert switch.counters.duplicated
+        assert "duplicates" in said
+        switch.cut(1)
+        lost = one.run(["busybox", "ping", "-c", "2", "-i", "0.2", "-W", "1", "10.9.8.2"], check=False, timeout=60)
+        assert "100% packet loss" in lost.stdout
+        assert switch.counters.cut

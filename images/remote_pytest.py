@@ -38,7 +38,8 @@ def _tell(event: str, **fields: Any) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     # Registered by the host's plugin there; the two have to agree on what is a marker.
-    for marker in ("guest", "guest_timeout(seconds)", "guest_needs(devices, words, memory_mb)"):
+    needs = ("needs_root", "needs_kvm", "needs_iommufd", "needs_hugepages(count)")
+    for marker in ("guest", "guest_timeout(seconds)", "guest_needs(devices, words, memory_mb)", *needs):
         config.addinivalue_line("markers", f"{marker}: for the host")
 
 

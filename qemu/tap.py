@@ -1,8 +1,8 @@
 """A NIC's other end as a network interface of the host's kernel, in a network namespace of its own.
 
 For what a Wire cannot do: several queue pairs, offloads (the kernel takes and gives a virtio header with each frame),
-and the whole of Linux as the peer. It takes root, or at least CAP_NET_ADMIN; nobody else's interface is seen or touched,
-and the namespace goes with its last user.
+and the whole of Linux as the peer. It takes root, or at least CAP_NET_ADMIN; no other interface is seen or touched, and
+the namespace goes with its last user.
 """
 
 from __future__ import annotations

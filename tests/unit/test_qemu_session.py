@@ -63,7 +63,7 @@ class FakeGuest:
         self.log = ["[0.0] Linux version"]
         self.console: list[str] = []
 
-    def eval(self, _source: str) -> Any:
+    def eval(self, _source: str, _timeout: float = 5.0) -> Any:
         return [dict(self.drivers), list(self.files)]
 
     def dmesg(self) -> str:

@@ -159,7 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
             if options.command:
                 return interact(guest, options.command)
-            say(f"guest up in {guest.boot_seconds:.1f} s under {guest.accel}; Ctrl-] or exit leaves it")
+            say(f"guest {guest.origin}, under {guest.accel}; Ctrl-] or exit leaves it")
             return interact(guest)
     except (HarnessError, ValueError) as error:
         say(f"{error}")

@@ -67,7 +67,9 @@ def _inputs(machine: Machine) -> list[str]:
     facts += [f"{disk.serial} {disk.path.stat().st_size}" for disk in loose]
     named = tuple(dataclasses.replace(disk, path=Path("any")) if disk.loose else disk for disk in machine.disks)
     netdevs = {
-        nic.id: DESCRIPTOR.sub("", nic.wire.netdev(netdev_id(nic))) if nic.wire is not None else ""
+        nic.id: DESCRIPTOR.sub("", nic.wire.netdev(netdev_id(nic))) + getattr(nic.wire, "shape", "")
+        if nic.wire is not None
+        else ""
         for nic in machine.nics
     }
     shape = build(dataclasses.replace(machine, disks=named), Channels("null", "null", "null", netdevs))

@@ -46,6 +46,8 @@ class Tap:
         self.name = name
         self.queues = queues
         self.offloads = offloads
+        self.shape = f"{queues} queue pairs, offloads {'on' if offloads else 'off'}"
+        """What a NIC sees of this peer: a guest that is restored must find the same."""
         self.closed = False
         self._fds: list[int] = []
         self._namespace = -1
@@ -84,7 +86,7 @@ class Tap:
     def netdev(self, ident: str) -> str:
         fds = ":".join(map(str, self._fds))
         word = f"fds={fds}" if self.queues > 1 else f"fd={fds}"
-        return f"tap,id={ident},{word},vnet_hdr={'on' if self.offloads else 'off'}"
+        return f"tap,id={ident},{word}"  # whether frames have a header QEMU asks the interface
 
     def fds(self) -> Sequence[int]:
         return tuple(self._fds)

@@ -104,6 +104,11 @@ class _Request:
             self.done = True
         return 0
 
+    def lose(self, reason: str) -> None:
+        """There will be no more frames."""
+        self.error = GuestLost(reason)
+        self.done = True
+
 
 class _Fetch(_Request):
     def __init__(self, ident: int, what: str, limit: int, file: IO[bytes] | None):
@@ -202,6 +207,11 @@ class GuestProcess(_Request):
             if self._log is not None:
                 self._log.close()
         return 0
+
+    def lose(self, reason: str) -> None:
+        super().lose(reason)
+        if self._log is not None:
+            self._log.close()
 
     @property
     def stdout(self) -> str:
@@ -404,8 +414,7 @@ class Agent:
         self.hello = None
         self._lost = reason
         for request in self._requests.values():
-            request.error = GuestLost(f"{request.what}: {reason}")
-            request.done = True
+            request.lose(f"{request.what}: {reason}")
         self._requests.clear()
         self.changed.notify_all()
 

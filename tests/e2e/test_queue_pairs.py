@@ -73,6 +73,8 @@ def guest(guests: Session, pairs: int) -> Iterator[Guest]:
 def test_flows_are_spread_and_every_frame_comes_back(guest: Guest, pairs: int) -> None:
     tap = guest.machine.nics[0].wire
     assert isinstance(tap, Tap)
+    # The host has nothing to say on it by itself.
+    Path(f"/proc/sys/net/ipv6/conf/{tap.name}/disable_ipv6").write_text("1")
     Path(f"/sys/class/net/{tap.name}/flags").write_text("0x1103")  # up, promiscuous
     with socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(ETH_P_ALL)) as wire:
         wire.bind((tap.name, 0))

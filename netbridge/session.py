@@ -16,7 +16,7 @@ from netbridge.ipc.geometry import DEFAULT_HEADROOM, STRIDE_ALIGNMENT
 from netbridge.ipc.offloads import TX_SEGMENTATION
 from netbridge.ipc.session import PortSession
 from netbridge.virtio import features
-from netbridge.virtio.net import NetDevice
+from netbridge.virtio.net import NetDevice, VirtQueue
 from vfio._record import NamedTuple
 
 TYPE_CHECKING = False
@@ -244,6 +244,14 @@ class Session:
         if lib.nb_pump_resume(self._pump, pairs, len(net.pairs), headers, net.tx_headers.iova):
             raise DeviceError(f"{net.name}: after its reset the device has queues or vectors other than before")
         self.is_salvaged = False
+
+    def reset_queue(self, queue: VirtQueue) -> int:
+        """Resets one of the device's data queues while the session goes on. Returns how many chains were in flight: of
+        a receive queue buffers, of a transmit queue frames, which are lost. Between two calls of `pump`.
+
+        Raises as NetDevice.reset_queue.
+        """
+        return self._net.reset_queue(queue, lambda handle: int(lib.nb_pump_reset_queue(self._pump, handle)))
 
     def stop_pump(self) -> dict[str, dict[str, int]]:
         """Frees pump and ledgers; returns who owned how many buffers of each region at that moment."""

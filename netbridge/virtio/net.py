@@ -37,7 +37,7 @@ from netbridge.virtio.transport import (
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from types import TracebackType
     from typing import Any, TypeVar
 
@@ -215,10 +215,10 @@ class NetDevice:
             if len(self.pairs) > 1:
                 self.command(self._steering())
 
-    def reset_queue(self, queue: VirtQueue) -> list[int]:
+    def reset_queue(self, queue: VirtQueue, empty: Callable[[Any], int]) -> int:
         """Takes one data queue away from the device and gives it back, empty and enabled (§2.6.1), while the others go
-        on. Returns the tokens of the chains that were in flight; what they stood for the device has let go of. Nothing
-        may use the queue meanwhile.
+        on. Once the device has let go of it, `empty` takes back what was in flight, given the queue's handle: the C
+        core's nb_pump_reset_queue. Returns what that does, how many chains it were. The pump must not run meanwhile.
 
         Raises NotOffered without RING_RESET, and WrongState unless the device is in service. After ResetTimeout and
         Misbehaved the whole device must be reset.
@@ -227,7 +227,7 @@ class NetDevice:
             raise WrongState(f"{self.name}: resetting a queue: the device is {self.state.name} ({self.state.value})")
         if not self.negotiation.has(features.RING_RESET):
             raise NotOffered(f"{self.name}: resetting a queue needs RING_RESET, which is not agreed with the device")
-        return self._queues.reset(queue, self._reset_deadline_s)
+        return self._queues.reset(queue, empty, self._reset_deadline_s)
 
     def command(self, command: Command) -> None:
         """Has the device do something over its control queue, and waits for its answer; see commands.py.

@@ -17,7 +17,7 @@ from vfio._record import NamedTuple
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from typing import Any
 
 LARGEST_QUEUE = 32768  # entries of a virtqueue (§2.7, §2.8.10.1)
@@ -92,18 +92,17 @@ class QueueSet:
         with_data = queue.features & lib.NB_RING_NOTIFICATION_DATA
         self._transport.notify(queue.index, lib.nb_virtqueue_notification(queue.handle) if with_data else None)
 
-    def reset(self, queue: VirtQueue, deadline_s: float) -> list[int]:
-        """Has the device forget one queue (§2.6.1), and sets it up and enables it again, empty. Returns the tokens of
-        the chains that were in flight: what they stood for is the caller's again.
+    def reset(self, queue: VirtQueue, empty: Callable[[Any], int], deadline_s: float) -> int:
+        """Has the device forget one queue (§2.6.1), and sets it up and enables it again. In between `empty` makes the C
+        core's queue as new, given its handle; what it returns is returned.
 
         Raises ResetTimeout, Gone or Misbehaved; VectorRefused.
         """
         self._transport.reset_queue(queue.index, deadline_s)
-        tokens = ffi.new("uint32_t[]", queue.size)
-        count = lib.nb_virtqueue_reset(queue.handle, tokens)
+        chains = empty(queue.handle)
         self._tell(queue.setup, queue.index)
         self._transport.enable_queue(queue.index)
-        return list(tokens[0:count])
+        return chains
 
     def forget(self) -> None:
         """Frees the queues. The device must have been reset, and what uses them be gone. The memory stays."""

@@ -305,6 +305,10 @@ uint64_t nb_pump_salvage(struct nb_pump *pump);
  * another number of pairs, other vectors, or too short. `tx_headers` as in nb_pump_config, zeroed. */
 int nb_pump_resume(struct nb_pump *pump, const struct nb_pump_pair *pairs, uint32_t pair_count, uint8_t *tx_headers,
                    uint64_t tx_headers_iova);
+/* The device has let go of one of the queues (RING_RESET): its RX buffers are the driver's again, its TX buffers go back to
+ * the client, their frames unsent. The queue is as new, to be set up and enabled again; the next round fills it. Returns how
+ * many chains were in flight; -1: out of memory, or the queue is none of the pump's. */
+int nb_pump_reset_queue(struct nb_pump *pump, struct nb_virtqueue *queue);
 /* Moves frames until there is an event. Runs without the GIL. */
 void nb_pump_run(struct nb_pump *pump, struct nb_pump_result *result);
 

@@ -114,6 +114,8 @@ int pump_look_for_stall(struct nb_pump *pump, int *timeout_ms);
 int pump_receive(struct nb_pump *pump, struct pump_pair *pair);
 int pump_take_back(struct nb_pump *pump);
 void pump_post_free_buffers(struct nb_pump *pump);
+/* Gives up the frame that is being gathered. */
+void pump_forget_gathered(struct nb_pump *pump, struct pump_pair *pair);
 /* Whether the device soon has no buffer for a frame, so that those that come back cannot wait. */
 bool pump_device_starves(const struct nb_pump *pump);
 
@@ -121,6 +123,8 @@ bool pump_device_starves(const struct nb_pump *pump);
 int pump_transmit(struct nb_pump *pump);
 int pump_complete(struct nb_pump *pump, struct pump_pair *pair);
 void pump_acknowledge(struct nb_pump *pump, uint32_t buffer);
+/* All buffers of a frame that was given to the device, by its first. */
+void pump_acknowledge_frame(struct nb_pump *pump, uint32_t first);
 /* Whether there is a queue for whatever the client sends next, as far as can be known before it is looked at. */
 bool pump_can_transmit(const struct nb_pump *pump);
 

@@ -25,13 +25,19 @@ static void hand_over(struct nb_pump *pump, const struct pump_pair *pair)
     }
 }
 
-static void drop(struct nb_pump *pump, const struct pump_pair *pair, enum nb_drop why)
+void pump_forget_gathered(struct nb_pump *pump, struct pump_pair *pair)
+{
+    for (uint32_t i = 0; i < pair->pieces_gathered; i++)
+        ledger_put_free(pump->config.rx_ledger, pair->pieces[i].buffer);
+    pair->pieces_gathered = pair->pieces_expected = 0;
+}
+
+static void drop(struct nb_pump *pump, struct pump_pair *pair, enum nb_drop why)
 {
     count(&pump->config.counters->drops[why], 1);
     if (why == NB_DROP_CLIENT_SLOW && pump->config.client_counters)
         count(&pump->config.client_counters->client_slow, 1);
-    for (uint32_t i = 0; i < pair->pieces_gathered; i++)
-        ledger_put_free(pump->config.rx_ledger, pair->pieces[i].buffer);
+    pump_forget_gathered(pump, pair);
 }
 
 static void finish_received(struct nb_pump *pump, struct pump_pair *pair)
@@ -49,8 +55,7 @@ static void finish_received(struct nb_pump *pump, struct pump_pair *pair)
         drop(pump, pair, NB_DROP_CLIENT_SLOW);
     else
         hand_over(pump, pair);
-    pair->pieces_gathered = 0;
-    pair->pieces_expected = 0;
+    pair->pieces_gathered = pair->pieces_expected = 0;
 }
 
 /* How many buffers the frame that starts in `buffer` spans; 0: none that a device may say. */

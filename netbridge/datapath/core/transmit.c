@@ -236,6 +236,16 @@ void pump_acknowledge(struct nb_pump *pump, uint32_t buffer)
              });
 }
 
+void pump_acknowledge_frame(struct nb_pump *pump, uint32_t first)
+{
+    for (uint32_t buffer = first, next; buffer != NO_BUFFER; buffer = next) {
+        next = pump->tx_pieces[buffer].next;
+        if (next != NO_BUFFER)
+            pump->tx_pieces[buffer].next = NO_BUFFER;
+        pump_acknowledge(pump, buffer);
+    }
+}
+
 int pump_complete(struct nb_pump *pump, struct pump_pair *pair)
 {
     struct nb_counters *counters = pump->config.counters;
@@ -247,12 +257,7 @@ int pump_complete(struct nb_pump *pump, struct pump_pair *pair)
     struct nb_used used;
     for (; taken < completed && (got = virtqueue_take(pair->tx_queue, &used)) > 0; taken++) {
         bytes += used.readable - pump->config.net_header_bytes;
-        for (uint32_t buffer = used.buffer, next; buffer != NO_BUFFER; buffer = next) {
-            next = pump->tx_pieces[buffer].next;
-            if (next != NO_BUFFER)
-                pump->tx_pieces[buffer].next = NO_BUFFER;
-            pump_acknowledge(pump, buffer);
-        }
+        pump_acknowledge_frame(pump, used.buffer);
     }
     if (taken) {
         pair->completed += (uint32_t)taken;

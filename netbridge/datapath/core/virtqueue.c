@@ -19,23 +19,31 @@ static bool is_valid(const struct nb_virtqueue_config *config)
            (config->features & ~ALL_FEATURES) == 0;
 }
 
+/* virtio 1.3 §2.7.2, §2.8.10.1; those of a split ring end with the other side's event word, also without EVENT_IDX. */
+static uint64_t driver_bytes(const struct nb_virtqueue_config *config)
+{
+    if (config->features & NB_RING_PACKED)
+        return sizeof(struct vring_packed_event);
+    return sizeof(struct vring_avail) + 2u * config->size + 2u;
+}
+
+static uint64_t device_bytes(const struct nb_virtqueue_config *config)
+{
+    if (config->features & NB_RING_PACKED)
+        return sizeof(struct vring_packed_event);
+    return sizeof(struct vring_used) + sizeof(struct vring_used_elem) * config->size + 2u;
+}
+
 int nb_virtqueue_layout(const struct nb_virtqueue_config *config, struct nb_virtqueue_layout *layout)
 {
     if (!is_valid(config))
         return -1;
-    uint32_t size = config->size;
-    uint64_t driver, device;
-    if (config->features & NB_RING_PACKED) { /* virtio 1.3 §2.8.10.1 */
-        driver = device = sizeof(struct vring_packed_event);
-    } else { /* §2.7.2; both end with the other side's event word, which is there also without EVENT_IDX */
-        driver = sizeof(struct vring_avail) + 2u * size + 2u;
-        device = sizeof(struct vring_used) + sizeof(struct vring_used_elem) * size + 2u;
-    }
+    uint64_t descriptors = sizeof(struct vring_desc) * (uint64_t)config->size;
     layout->desc = 0;
-    layout->driver = align_up(sizeof(struct vring_desc) * size);
-    layout->device = layout->driver + align_up(driver);
-    layout->tables = layout->device + align_up(device);
-    layout->bytes = layout->tables + align_up((uint64_t)size * config->table_segments * sizeof(struct vring_desc));
+    layout->driver = align_up(descriptors);
+    layout->device = layout->driver + align_up(driver_bytes(config));
+    layout->tables = layout->device + align_up(device_bytes(config));
+    layout->bytes = layout->tables + align_up(descriptors * config->table_segments);
     return 0;
 }
 
@@ -86,13 +94,13 @@ uint32_t nb_virtqueue_notification(const struct nb_virtqueue *queue) { return vi
 
 uint32_t nb_virtqueue_reset(struct nb_virtqueue *queue, uint32_t *tokens)
 {
-    struct nb_virtqueue_layout layout;
     uint32_t count = 0;
     for (uint32_t i = 0; i < queue->size; i++)
         if (queue->slots[i].length != 0)
             tokens[count++] = queue->slots[i].buffer;
-    nb_virtqueue_layout(&queue->config, &layout);
-    memset(queue->config.memory, 0, layout.bytes);
+    memset(queue->desc, 0, sizeof(struct vring_desc) * queue->size);
+    memset(queue->avail, 0, driver_bytes(&queue->config));
+    memset(queue->used, 0, device_bytes(&queue->config));
     begin(queue);
     return count;
 }

@@ -4,6 +4,7 @@
 #include "white_box.h"
 #include "world.h"
 
+#include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
 
@@ -498,6 +499,75 @@ TEST(control_comes_back_while_frames_flow_without_end)
     CHECK_EQ(result.event, NB_EVENT_CONTROL);
     CHECK(world.counters.packets_rx < 1024);
     CHECK_EQ(nb_client_receive(&world.client, &piece, 1), 1);
+    world_close(&world);
+}
+
+/* ---- One queue reset alone ------------------------------------------------------------------------------------ */
+
+/* The device has been told to forget a queue, and is given it anew. */
+static void attach_anew(struct world *world, struct fake_queue *queue)
+{
+    struct fake_queue_place place = queue->place;
+    free(queue->held);
+    fake_attach(&world->device, queue, place);
+}
+
+TEST(tx_queue_reset_with_frames_in_flight)
+{
+    struct world world;
+    struct fake_chain chain;
+    struct nb_piece pieces[64];
+    world_open(&world, (struct world_config){0});
+    for (uint64_t i = 0; i < 10; i++)
+        send_one(&world, i, 60);
+    world_pump_idle(&world);
+    transmit_one(&world, 0, 60); /* the driver has not seen it yet */
+    CHECK(fake_pop(&world.device, &world.device.tx, &chain));
+    CHECK_EQ(nb_pump_reset_queue(world.pump, world.tx_queue), 10);
+    attach_anew(&world, &world.device.tx);
+    world_pump_idle(&world);
+    CHECK_EQ(nb_ledger_owned(world.tx_ledger, NB_OWNER_CLIENT), 64);
+    CHECK_EQ(world.counters.packets_tx, 0);
+    CHECK_EQ(nb_client_allocate(&world.client, pieces, 64), 64);
+    nb_client_unallocate(&world.client, 64);
+    for (uint64_t i = 0; i < 200; i++) {
+        send_one(&world, i, 61);
+        world_pump_idle(&world);
+        transmit_one(&world, i, 61);
+    }
+    world_pump_idle(&world);
+    CHECK_EQ(world.counters.packets_tx, 200);
+    world_close(&world);
+}
+
+TEST(rx_queue_reset_in_the_middle_of_a_frame)
+{
+    struct world world;
+    struct fake_chain chain;
+    world_open(&world, (struct world_config){.max_pieces = 34});
+    world.device.lie = FAKE_NUM_BUFFERS_NEVER_REACHED;
+    deliver(&world, 0, 60);
+    world_pump_idle(&world);
+    CHECK_EQ(white_box_gathered(world.pump), 1);
+    CHECK(fake_pop(&world.device, &world.device.rx, &chain));
+    CHECK_EQ(nb_pump_reset_queue(world.pump, world.rx_queue), 64);
+    CHECK_EQ(nb_ledger_owned(world.rx_ledger, NB_OWNER_DRIVER), 128);
+    attach_anew(&world, &world.device.rx);
+    for (uint64_t i = 0; i < 200; i++) {
+        world_pump_idle(&world);
+        deliver(&world, i, 60);
+        world_pump_idle(&world);
+        release_one(&world, receive_one(&world, i, 60));
+    }
+    CHECK_EQ(world.counters.packets_rx, 200);
+    world_close(&world);
+}
+
+TEST(a_queue_that_is_none_of_the_pumps_is_not_reset)
+{
+    struct world world;
+    world_open(&world, (struct world_config){0});
+    CHECK_EQ(nb_pump_reset_queue(world.pump, NULL), -1);
     world_close(&world);
 }
 

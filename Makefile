@@ -90,6 +90,11 @@ interop: $(SETUP) | host-dpdk ## the driver on DPDK's net_vhost as its device: e
 host-dpdk:
 	@tests/interop/host-dpdk
 
+soak: $(SETUP) ## kills, lies and a flapping link under traffic for SOAK_SECONDS (3600); 1 GiB through the tap service
+	SOAK_SECONDS=$${SOAK_SECONDS:-3600} $(PYTEST) tests/e2e/test_soak.py -s --accel $(ACCEL) $(ARGS)
+	TRANSFER_MIB=1024 $(PYTEST) tests/e2e/test_tap.py -k tcp -s --accel $(ACCEL) $(ARGS)
+
+.PHONY: soak
 client-library: | host-packages ## the client library in C, and its example, in build/client-library
 	$(MAKE) -C client BUILD=$(CURDIR)/build/client-library
 

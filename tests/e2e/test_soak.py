@@ -1,0 +1,122 @@
+"""Everything that can go wrong, in turns and under traffic, for SOAK_SECONDS (20): `make soak` has an hour of it.
+
+Kills of the service, the driver and the monitor, clients that lie, a link that flaps. After each of them frames have to
+come back exactly, and in the end every account has to close. SOAK_SEED repeats a run.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+
+import pytest
+
+from qemu.guest import Guest
+from qemu.wire import Wire
+from tests.e2e import testbed
+from tests.e2e.test_survival import Load
+from tests.e2e.testbed import Testbed
+from tests.e2e.traffic import Generator, reflected
+
+pytestmark = pytest.mark.thorough
+
+SECONDS = float(os.environ.get("SOAK_SECONDS", "20"))
+SEED = int(os.environ.get("SOAK_SEED", "0")) or random.SystemRandom().randrange(1, 1 << 32)
+
+LIAR = """
+from netbridge.client import PortError, Reason, connect
+from netbridge.datapath._core import lib
+port = connect(wait=60, name="liar")
+buffer = port.allocate(1, timeout=10)[0]
+buffer.length = 60
+port._pieces[0].dma_handle = buffer._piece[0] ^ %d
+port._pieces[0].len = 60
+lib.nb_client_send(port.native, port._pieces, 1)
+lib.nb_client_flush(port.native)
+try:
+    while True:
+        port.wait(timeout=30)
+        port.check()
+except PortError as error:
+    print(error.reason.name)
+"""
+
+
+class Soak:
+    def __init__(self, guest: Guest, wire: Wire, bed: Testbed, choose: random.Random) -> None:
+        self.guest, self.wire, self.bed, self.choose = guest, wire, bed, choose
+        self.exchanged = 0
+
+    def service_ends(self) -> None:
+        self.bed.restart_echo(self.choose.choice([signal.SIGTERM, signal.SIGKILL]))
+
+    def driver_dies(self) -> None:
+        self.guest.run(["kill", "-KILL", str(self.bed.driver_pid)])
+        testbed.wait_for_line(self.bed.driver, r" driver_died .*SIGKILL")
+        testbed.wait_for_line(self.bed.driver, r" serving ")
+
+    def monitor_dies(self) -> None:
+        self.bed.driver.kill()
+        self.bed.driver.wait()
+        command = testbed.netbridge("run", testbed.MANIFEST, "--json")
+        self.bed.driver = self.guest.start(command, log=self.guest.artefacts / "driver.log")
+        testbed.wait_for_line(self.bed.driver, r" serving .*\bclient=netbridge-echo\b")
+
+    def client_lies(self) -> None:
+        self.bed.echo.kill(signal.SIGTERM)
+        self.bed.echo.wait(testbed.STOP_SECONDS)
+        # Not the lowest bits: they make it the handle of another buffer that is the client's as well.
+        lie = 1 << self.choose.choice([9, 23, 24, 30, 33, 47, 48, 63])
+        done = self.guest.run(["python3", "-c", LIAR % lie], user=testbed.SERVICE_USER, timeout=120.0)
+        assert done.stdout == "RING_FAULT\n", f"{lie:#x}: {done}"
+        testbed.wait_for_line(self.bed.driver, r" client_gone |client_refused ")
+        self.bed.echo = testbed.start_echo(self.guest, self.bed.echo_log)
+        testbed.wait_for_line(self.bed.driver, r" serving .*\bclient=netbridge-echo\b")
+
+    def link_flaps(self) -> None:
+        nic = self.guest.machine.nics[0].id
+        for up in (False, True):
+            self.guest.qmp("set_link", name=nic, up=up)
+            testbed.wait_for_line(self.bed.driver, rf" link .*\bup={up}\b")
+
+    def exact(self) -> None:
+        """What was on its way comes first; then every frame comes back once."""
+        testbed.settle(self.wire, self.bed.mac)
+        before = self.bed.counters()
+        frames = Generator(self.bed.mac).udp(self.choose.randrange(1, 513))
+        self.wire.exchange(frames, reply=reflected, window=32, timeout=testbed.START_SECONDS).check()
+        assert not self.wire.drain()
+        after = self.bed.counters()
+        for name in ("packets_rx", "packets_tx"):
+            assert after[name] - before[name] == len(frames), name
+        self.exchanged += len(frames)
+
+
+def test_soak(guest: Guest, wire: Wire, record_property: Callable[[str, object], None]) -> None:
+    print(f"SOAK_SEED={SEED}")
+    choose = random.Random(SEED)
+    done: dict[str, int] = {}
+    with testbed.running(guest) as bed:
+        soak = Soak(guest, wire, bed, choose)
+        try:
+            troubles = (soak.service_ends, soak.driver_dies, soak.monitor_dies, soak.client_lies, soak.link_flaps)
+            end = time.monotonic() + SECONDS
+            while time.monotonic() < end:
+                trouble = choose.choice(troubles)
+                print(f"{trouble.__name__} ({soak.exchanged} frames so far)", flush=True)
+                with Load(wire, bed.mac):
+                    trouble()
+                done[trouble.__name__] = done.get(trouble.__name__, 0) + 1
+                soak.exact()
+            final = bed.counters()
+            assert final["device_faults"] == dict.fromkeys(final["device_faults"], 0)
+            bed.stop()
+        finally:
+            bed.driver.kill()
+    record_property("troubles", done)
+    record_property("frames", soak.exchanged)
+    assert testbed.nics(guest)[0] == (bed.pci, "virtio-pci"), "whose driver it was before all this"
+    assert not guest.iommu_faults()

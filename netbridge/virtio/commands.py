@@ -16,11 +16,6 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-MAC_BYTES = 6
-VLANS = 4095  # ids 0 to 4094; 4095 is reserved (IEEE 802.1Q)
-MOST_MACS = 64  # in both tables together: what QEMU's device keeps exactly; beyond that it passes all
-MOST_PAIRS = 0x8000  # §5.1.6.5.5
-
 
 class Command(NamedTuple):
     """One command, ready to be carried."""

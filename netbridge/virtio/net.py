@@ -21,7 +21,16 @@ from netbridge.virtio import commands, control, features
 from netbridge.virtio.control import ControlQueue
 from netbridge.virtio.dma import DmaAllocator, Piece
 from netbridge.virtio.errors import FeaturesRefused, Gone, Misbehaved, NeedsReset, NotOffered, WrongState
-from netbridge.virtio.facts import LEAST_KEY, LEAST_TABLE, LinkState, NetFacts, made_up_mac, read_facts, read_link
+from netbridge.virtio.facts import (
+    LARGEST_PAIRS,
+    LEAST_KEY,
+    LEAST_TABLE,
+    LinkState,
+    NetFacts,
+    made_up_mac,
+    read_facts,
+    read_link,
+)
 from netbridge.virtio.features import Feature, Negotiation
 from netbridge.virtio.interrupts import CONFIG_VECTOR, InterruptMode, Interrupts, Wiring
 from netbridge.virtio.queues import LARGEST_QUEUE, QueuePair, QueuePlan, QueueSet, VirtQueue
@@ -104,8 +113,8 @@ class NetDevice:
             for size in self._sizes:
                 if not (1 <= size <= LARGEST_QUEUE and size & (size - 1) == 0):
                     raise ValueError(f"a queue of {size} entries: a power of two from 1 to {LARGEST_QUEUE} is expected")
-            if not 1 <= most_pairs <= commands.MOST_PAIRS:
-                raise ValueError(f"{most_pairs} queue pairs: a number from 1 to {commands.MOST_PAIRS} is expected")
+            if not 1 <= most_pairs <= LARGEST_PAIRS:
+                raise ValueError(f"{most_pairs} queue pairs: a number from 1 to {LARGEST_PAIRS} is expected")
             self._wiring = Wiring(interrupts, 2 * most_pairs)
         except BaseException:
             transport.close()

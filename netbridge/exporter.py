@@ -23,7 +23,13 @@ if TYPE_CHECKING:
 
 PREFIX = "netbridge_"
 # The label of what an array counts by.
-_LABELS = {"drops": "reason", "refused_handles": "reason", "device_faults": "kind", "irq_latency_ns": "stage"}
+_LABELS = {
+    "drops": "reason",
+    "refused_handles": "reason",
+    "device_faults": "kind",
+    "recoveries": "cause",
+    "irq_latency_ns": "stage",
+}
 _QUARTERS = 4  # buckets of a histogram that are one here: a power of two
 
 
@@ -65,8 +71,9 @@ class Collector:
 def _histograms(name: str, counters: Any) -> Iterator[tuple[str, list[tuple[str, int]], int | None]]:
     """(label, cumulated buckets, sum) of each histogram of this name; a sum of None is not known."""
     value = getattr(counters, name)
-    if name in _LABELS:
-        for stage, histogram in zip(metrics.LATENCY_STAGES, value, strict=True):
+    if name in ("irq_latency_ns", "recovery_ns"):
+        several = zip(metrics.LATENCY_STAGES, value, strict=True) if name in _LABELS else [("", value)]
+        for stage, histogram in several:
             ends = [metrics.bucket_end(bucket) for bucket in range(len(histogram.buckets))]
             yield stage, _cumulated(list(histogram.buckets), ends, _QUARTERS), int(histogram.sum_ns)
     else:

@@ -54,6 +54,8 @@ def rates(before: Reading, after: Reading) -> dict[str, Any]:
                 stage: _latency(before.native.irq_latency_ns[i], after.native.irq_latency_ns[i])
                 for i, stage in enumerate(metrics.LATENCY_STAGES)
             }
+        elif name == "recovery_ns":
+            found[name] = {"": _latency(before.native.recovery_ns, after.native.recovery_ns)}
         elif metric.kind == "histogram":
             found[name] = {label: new[label] - old[label] for label in new}
         elif isinstance(new, dict):
@@ -91,13 +93,14 @@ def lines(found: dict[str, Any]) -> list[str]:
         value = found.get(metric.name)
         if value is None:
             continue
-        if metric.name == "irq_latency_ns":
+        if metric.name in ("irq_latency_ns", "recovery_ns"):
+            title = metric.name.removesuffix("_ns").replace("_", " ")
             for stage, numbers in value.items():
                 times = "  ".join(f"{key} {numbers[key] / 1000:,.1f} µs" for key in ("p50", "p99"))
                 counts = numbers["powers_of_two"]
                 first = next((i for i, count in enumerate(counts) if count), 0)
                 scale = f"from {(1 << first) / 1000:,.1f} µs, doubling" if numbers["count"] else "none"
-                shown.append(f"irq latency {stage:<14} {times:<32} {picture(counts)}  {scale}")
+                shown.append(f"{title + ' ' + stage:<26} {times:<32} {picture(counts)}  {scale}")
         elif metric.kind == "histogram":
             counts = list(value.values())
             shown.append(f"{metric.name:<26} {sum(counts):>14,}  {picture(counts)}  from 1, doubling")

@@ -46,7 +46,7 @@ class RemoteTests:
 
     `options` are more arguments for it; `configuration` is the host's file of pytest settings, used there too; `log`
     gets what it prints besides reports. Into the directory `coverage` comes, when it is closed, a file of coverage.py's
-    data on the Python below `root` that ran in it.
+    data on the Python below `root` that ran in it. Collecting may take `patience` times as long as usual.
     """
 
     def __init__(
@@ -59,6 +59,7 @@ class RemoteTests:
         options: Sequence[str] = (),
         configuration: Path | None = None,
         coverage: Path | None = None,
+        patience: float = 1.0,
     ):
         self.guest = guest
         self._paths = list(paths)
@@ -67,6 +68,7 @@ class RemoteTests:
         self._options = list(options)
         self._configuration = configuration
         self._coverage = coverage
+        self._start_seconds = START_SECONDS * patience
         self._process: GuestProcess | None = None
         self._position = 0
         self._partial = b""
@@ -77,10 +79,12 @@ class RemoteTests:
         Every trouble ends in a report of a failure, except that GuestLost is raised when the guest is gone.
         """
         reports: list[Report] = []
+        waiting = f"its tests were not collected in the guest within {self._start_seconds:g} s"
         try:
             if self._process is None or not self._process.running:
                 self._start()
             assert self._process is not None
+            waiting = f"not done in the guest within {timeout:g} s"
             self._process.write(json.dumps({"run": nodeid, "next": following}).encode() + b"\n")
             while True:
                 event = self._event(timeout)
@@ -102,7 +106,7 @@ class RemoteTests:
                     self._process.wait(DIE_SECONDS)
                 except CommandError:
                     self._process.kill()
-            return [*reports, self._died(nodeid, reports, f"not done in the guest within {timeout:g} s")]
+            return [*reports, self._died(nodeid, reports, waiting)]
 
     def _start(self) -> None:
         self.guest.put(PLUGIN, f"{HOME}/{PLUGIN.name}")
@@ -118,7 +122,7 @@ class RemoteTests:
             env={"PYTHONPATH": f"{HOME}:{self._root}", "PYTHONDONTWRITEBYTECODE": "1", "COVERAGE_CORE": "sysmon"},
             stdin=True,
         )
-        self._event(START_SECONDS)
+        self._event(self._start_seconds)
 
     def _measured(self) -> list[str]:
         """The words that have coverage.py run what follows, after it was put there."""

@@ -174,6 +174,7 @@ class Session:
                 options=options,
                 configuration=self.config.inipath,
                 coverage=self.config.getoption("guest_coverage"),
+                patience=self.patience,
             )
         return self._remote
 

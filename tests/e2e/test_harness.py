@@ -463,7 +463,7 @@ def test_no_qemu_is_left_when_its_parent_goes(artefacts: Path, number: int) -> N
     pid = int(parent.stdout.readline())
     assert alive(pid)
     parent.send_signal(number)
-    parent.communicate(timeout=10)
+    parent.communicate(timeout=60)
     wait_gone(pid)
 
 

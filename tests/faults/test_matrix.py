@@ -237,6 +237,7 @@ def test_a_reset_of_the_machine(guest: Guest, wire: Wire) -> None:
         again.stop()
 
 
+@pytest.mark.thorough
 @pytest.mark.guest_with(devices=("-device edu",))
 @pytest.mark.guest_allows("iommu-faults")
 def test_a_fault_of_another_device_is_not_ours(guest: Guest, wire: Wire) -> None:

@@ -16,6 +16,7 @@ struct nb_ledger *nb_ledger_new(const struct nb_region *region)
         return NULL;
     }
     ledger->region = *region;
+    ledger->handle_stem = (uint64_t)region->session << 48 | (uint64_t)region->id << 24;
     ledger->owned[NB_OWNER_DRIVER] = region->count;
     for (uint32_t i = 0; i < region->count; i++)
         ledger->free[i] = region->count - 1 - i; /* the lowest on top */

@@ -18,14 +18,15 @@ struct nb_buffer {
 
 struct nb_ledger {
     struct nb_region region;
+    uint64_t handle_stem; /* what all its handles have in common */
     uint32_t owned[NB_OWNERS];
     uint32_t *free; /* stack of the driver's buffers; the warmest on top */
     struct nb_buffer buffers[];
 };
 
-static inline uint64_t handle_make(const struct nb_region *region, uint32_t index, uint16_t lease)
+static inline uint64_t ledger_handle(const struct nb_ledger *ledger, uint32_t index, uint16_t lease)
 {
-    return (uint64_t)region->session << 48 | (uint64_t)lease << 32 | (uint64_t)region->id << 24 | index;
+    return ledger->handle_stem | (uint64_t)lease << 32 | index;
 }
 
 static inline uint32_t handle_index(uint64_t handle) { return (uint32_t)handle & 0xffffff; }
@@ -76,24 +77,32 @@ static inline uint64_t ledger_lend(struct nb_ledger *ledger, uint32_t index)
 {
     struct nb_buffer *buffer = &ledger->buffers[index];
     ledger_move(ledger, index, (enum nb_owner)buffer->owner, NB_OWNER_CLIENT);
-    return handle_make(&ledger->region, index, ++buffer->lease);
+    return ledger_handle(ledger, index, ++buffer->lease);
+}
+
+/* Why a handle is refused that is not the one the client holds. */
+static inline enum nb_refusal ledger_refusal(const struct nb_ledger *ledger, uint64_t handle)
+{
+    if ((uint8_t)(handle >> 24) != ledger->region.id)
+        return NB_REFUSE_REGION;
+    if (handle_index(handle) >= ledger->region.count)
+        return NB_REFUSE_INDEX;
+    if ((uint16_t)(handle >> 48) != ledger->region.session)
+        return NB_REFUSE_SESSION;
+    if ((uint16_t)(handle >> 32) != ledger->buffers[handle_index(handle)].lease)
+        return NB_REFUSE_LEASE;
+    return NB_REFUSE_OWNER;
 }
 
 /* Checks a handle that the client presents: the index of its buffer, or minus one minus the enum nb_refusal. */
 static inline int64_t ledger_check(const struct nb_ledger *ledger, uint64_t handle)
 {
     uint32_t index = handle_index(handle);
-    if ((uint8_t)(handle >> 24) != ledger->region.id)
-        return -1 - NB_REFUSE_REGION;
-    if (index >= ledger->region.count)
-        return -1 - NB_REFUSE_INDEX;
-    if ((uint16_t)(handle >> 48) != ledger->region.session)
-        return -1 - NB_REFUSE_SESSION;
-    if ((uint16_t)(handle >> 32) != ledger->buffers[index].lease)
-        return -1 - NB_REFUSE_LEASE;
-    if (ledger->buffers[index].owner != NB_OWNER_CLIENT)
-        return -1 - NB_REFUSE_OWNER;
-    return index;
+    /* One comparison for everything that a handle says. */
+    if (index < ledger->region.count && handle == ledger_handle(ledger, index, ledger->buffers[index].lease) &&
+        ledger->buffers[index].owner == NB_OWNER_CLIENT)
+        return index;
+    return -1 - (int64_t)ledger_refusal(ledger, handle);
 }
 
 #endif

@@ -24,6 +24,9 @@
 
 enum { ETHERNET_HEADER = 14, NO_BUFFER = UINT32_MAX };
 
+/* Received chains that are taken at once, and their headers fetched: not more than a processor has cache lines under way. */
+enum { TAKEN_AT_ONCE = 8 };
+
 /* A negative verdict carries what happened: the enum nb_refusal or enum nb_device_fault is recovered from it. */
 enum { CLIENT_FAULT = -1000, DEVICE_FAULT = -2000 };
 static inline int client_fault(int refusal) { return CLIENT_FAULT - refusal; }
@@ -123,8 +126,8 @@ bool pump_device_starves(const struct nb_pump *pump);
 int pump_transmit(struct nb_pump *pump);
 int pump_complete(struct nb_pump *pump, struct pump_pair *pair);
 void pump_acknowledge(struct nb_pump *pump, uint32_t buffer);
-/* All buffers of a frame that was given to the device, by its first. */
-void pump_acknowledge_frame(struct nb_pump *pump, uint32_t first);
+/* All buffers of a frame that was given to the device, by its chain's token. */
+void pump_acknowledge_frame(struct nb_pump *pump, uint32_t token);
 /* Whether there is a queue for whatever the client sends next, as far as can be known before it is looked at. */
 bool pump_can_transmit(const struct nb_pump *pump);
 

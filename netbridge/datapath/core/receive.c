@@ -7,65 +7,81 @@ enum { NUM_BUFFERS_OFFSET = 10 }; /* in struct virtio_net_hdr (virtio 1.3 §5.1.
 
 /* ---- Device to client ----------------------------------------------------------------------------------------- */
 
-static void hand_over(struct nb_pump *pump, const struct pump_pair *pair)
+/* What a burst has come to so far: on the counters' page and in the port only at its end. */
+struct received {
+    uint64_t frames;
+    uint64_t bytes;
+    uint32_t put; /* of rx_active */
+};
+
+static inline void hand_over(struct nb_pump *pump, uint8_t queue, const struct rx_piece *pieces, uint32_t count,
+                             struct received *received)
 {
-    struct nb_ledger *ledger = pump->config.rx_ledger;
-    for (uint32_t i = 0; i < pair->pieces_gathered; i++) {
+    for (uint32_t i = 0; i < count; i++) {
         uint8_t flags = i > 0 ? NB_CONTINUATION : pump->rx_flags;
-        if (i + 1 < pair->pieces_gathered)
+        if (i + 1 < count)
             flags |= NB_MORE;
-        ring_put(&pump->config.rx_active, &pump->rx_active_put,
+        ring_put(&pump->config.rx_active, &received->put,
                  (struct nb_entry){
-                     .dma_handle = ledger_lend(ledger, pair->pieces[i].buffer),
-                     .len = pair->pieces[i].bytes,
+                     .dma_handle = ledger_lend(pump->config.rx_ledger, pieces[i].buffer),
+                     .len = pieces[i].bytes,
                      .kind = NB_RX_PACKET,
                      .flags = flags,
-                     .queue = pair->number,
+                     .queue = queue,
                  });
     }
 }
 
+static void put_free(struct nb_pump *pump, const struct rx_piece *pieces, uint32_t number)
+{
+    for (uint32_t i = 0; i < number; i++)
+        ledger_put_free(pump->config.rx_ledger, pieces[i].buffer);
+}
+
 void pump_forget_gathered(struct nb_pump *pump, struct pump_pair *pair)
 {
-    for (uint32_t i = 0; i < pair->pieces_gathered; i++)
-        ledger_put_free(pump->config.rx_ledger, pair->pieces[i].buffer);
+    put_free(pump, pair->pieces, pair->pieces_gathered);
     pair->pieces_gathered = pair->pieces_expected = 0;
 }
 
-static void drop(struct nb_pump *pump, struct pump_pair *pair, enum nb_drop why)
+static void drop(struct nb_pump *pump, const struct rx_piece *pieces, uint32_t number, enum nb_drop why)
 {
     count(&pump->config.counters->drops[why], 1);
     if (why == NB_DROP_CLIENT_SLOW && pump->config.client_counters)
         count(&pump->config.client_counters->client_slow, 1);
-    pump_forget_gathered(pump, pair);
+    put_free(pump, pieces, number);
 }
 
-static void finish_received(struct nb_pump *pump, struct pump_pair *pair)
+static inline void finish_received(struct nb_pump *pump, uint8_t queue, const struct rx_piece *pieces, uint32_t count,
+                                   struct received *received)
 {
-    struct nb_counters *counters = pump->config.counters;
-    const struct nb_ledger *ledger = pump->config.rx_ledger;
     uint64_t bytes = 0;
-    for (uint32_t i = 0; i < pair->pieces_gathered; i++)
-        bytes += pair->pieces[i].bytes;
-    count(&counters->packets_rx, 1);
-    count(&counters->bytes_rx, bytes);
+    for (uint32_t i = 0; i < count; i++)
+        bytes += pieces[i].bytes;
+    received->frames++;
+    received->bytes += bytes;
     if (bytes < ETHERNET_HEADER)
-        drop(pump, pair, NB_DROP_TOO_SHORT);
-    else if (ledger->owned[NB_OWNER_CLIENT] + pair->pieces_gathered > pump->config.rx_client_limit)
-        drop(pump, pair, NB_DROP_CLIENT_SLOW);
+        drop(pump, pieces, count, NB_DROP_TOO_SHORT);
+    else if (pump->config.rx_ledger->owned[NB_OWNER_CLIENT] + count > pump->config.rx_client_limit)
+        drop(pump, pieces, count, NB_DROP_CLIENT_SLOW);
     else
-        hand_over(pump, pair);
-    pair->pieces_gathered = pair->pieces_expected = 0;
+        hand_over(pump, queue, pieces, count, received);
+}
+
+/* Where the device says how many buffers the frame spans that starts in `buffer`. */
+static inline const uint16_t *num_buffers_of(const struct nb_pump *pump, uint32_t buffer)
+{
+    const struct nb_ledger *ledger = pump->config.rx_ledger;
+    const uint8_t *header = ledger_address(ledger, buffer) + ledger->region.headroom - pump->config.net_header_bytes;
+    return (const uint16_t *)(const void *)(header + NUM_BUFFERS_OFFSET);
 }
 
 /* How many buffers the frame that starts in `buffer` spans; 0: none that a device may say. */
-static uint32_t frame_pieces(const struct nb_pump *pump, uint32_t buffer)
+static inline uint32_t frame_pieces(const struct nb_pump *pump, uint32_t buffer)
 {
     if (pump->config.rx_max_pieces == 1)
         return 1;
-    const struct nb_ledger *ledger = pump->config.rx_ledger;
-    const uint8_t *header = ledger_address(ledger, buffer) + ledger->region.headroom - pump->config.net_header_bytes;
-    uint32_t pieces = load_once_16((const uint16_t *)(const void *)(header + NUM_BUFFERS_OFFSET));
+    uint32_t pieces = load_once_16(num_buffers_of(pump, buffer));
     return pieces <= pump->config.rx_max_pieces ? pieces : 0;
 }
 
@@ -76,19 +92,56 @@ static int refuse_frame(struct nb_pump *pump, const struct nb_used *used, enum n
     return device_fault(fault);
 }
 
-static int gather_buffer(struct nb_pump *pump, struct pump_pair *pair, const struct nb_used *used)
+/* A buffer that came, with a whole frame if nothing is being gathered and its header says so. 0, or a verdict. */
+static inline int receive_buffer(struct nb_pump *pump, struct pump_pair *pair, const struct nb_used *used,
+                                 struct received *received)
 {
-    uint32_t header = 0;
+    struct rx_piece piece = {.buffer = used->buffer, .bytes = used->written};
     if (pair->pieces_expected == 0) {
-        header = pump->config.net_header_bytes;
+        uint32_t header = pump->config.net_header_bytes;
         if (used->written < header)
             return refuse_frame(pump, used, NB_FAULT_USED_LENGTH);
-        pair->pieces_expected = frame_pieces(pump, used->buffer);
-        if (pair->pieces_expected == 0)
+        piece.bytes -= header;
+        uint32_t pieces = frame_pieces(pump, used->buffer);
+        if (pieces == 0)
             return refuse_frame(pump, used, NB_FAULT_NUM_BUFFERS);
+        if (pieces == 1) {
+            finish_received(pump, pair->number, &piece, 1, received);
+            return 0;
+        }
+        pair->pieces_expected = pieces;
     }
-    pair->pieces[pair->pieces_gathered++] = (struct rx_piece){.buffer = used->buffer, .bytes = used->written - header};
+    pair->pieces[pair->pieces_gathered++] = piece;
+    if (pair->pieces_gathered == pair->pieces_expected) {
+        finish_received(pump, pair->number, pair->pieces, pair->pieces_gathered, received);
+        pair->pieces_gathered = pair->pieces_expected = 0;
+    }
     return 0;
+}
+
+/* Takes up to `most` buffers, looks at the memory of none before all are asked for: each header is a cache line that the
+ * device has just written. How many, or -1 - the enum nb_device_fault. */
+static inline int take_buffers(const struct nb_pump *pump, struct pump_pair *pair, struct nb_used *used, uint32_t most)
+{
+    int got = virtqueue_take_burst(pair->rx_queue, used, (int)(most < TAKEN_AT_ONCE ? most : TAKEN_AT_ONCE));
+    if (pump->config.rx_max_pieces > 1)
+        for (int i = 0; i < got; i++)
+            __builtin_prefetch(num_buffers_of(pump, used[i].buffer));
+    return got;
+}
+
+static void publish_received(struct nb_pump *pump, const struct received *received)
+{
+    struct nb_counters *counters = pump->config.counters;
+    if (received->frames) {
+        count(&counters->packets_rx, received->frames);
+        count(&counters->bytes_rx, received->bytes);
+        count_burst(counters->rx_bursts, (uint32_t)received->frames);
+    }
+    if (received->put != pump->rx_active_put) {
+        pump->rx_active_put = received->put;
+        ring_publish(&pump->config.rx_active, received->put);
+    }
 }
 
 int pump_receive(struct nb_pump *pump, struct pump_pair *pair)
@@ -98,25 +151,21 @@ int pump_receive(struct nb_pump *pump, struct pump_pair *pair)
         return completed < 0 ? device_fault(-1 - completed) : 0;
     uint32_t most = pump->config.burst;
     uint32_t take = (uint32_t)completed < most ? (uint32_t)completed : most;
-    uint32_t put_before = pump->rx_active_put;
-    uint32_t frames = 0;
-    int verdict = 0;
+    struct received received = {.put = pump->rx_active_put};
+    struct nb_used used[TAKEN_AT_ONCE];
     uint32_t taken = 0;
-    for (; taken < take && verdict == 0; taken++) {
-        struct nb_used used;
-        int got = virtqueue_take(pair->rx_queue, &used);
-        if (got == 0)
-            break;
-        verdict = got < 0 ? device_fault(-1 - got) : gather_buffer(pump, pair, &used);
-        if (verdict == 0 && pair->pieces_gathered == pair->pieces_expected) {
-            finish_received(pump, pair);
-            frames++;
+    int verdict = 0, got = 0;
+    while (verdict == 0 && taken < take && (got = take_buffers(pump, pair, used, take - taken)) > 0) {
+        taken += (uint32_t)got;
+        /* Also after a lie, for those behind it are off the queue. The first one is what is reported. */
+        for (int i = 0; i < got; i++) {
+            int fault = receive_buffer(pump, pair, &used[i], &received);
+            verdict = verdict ? verdict : fault;
         }
     }
-    if (frames)
-        count_burst(pump->config.counters->rx_bursts, frames);
-    if (pump->rx_active_put != put_before)
-        ring_publish(&pump->config.rx_active, pump->rx_active_put);
+    publish_received(pump, &received);
+    if (got < 0)
+        verdict = device_fault(-1 - got);
     return verdict < 0 ? verdict : (int)taken;
 }
 
@@ -128,8 +177,9 @@ int pump_take_back(struct nb_pump *pump)
     if (waiting < 0)
         return client_fault(NB_REFUSE_RING_JUMP);
     struct nb_ledger *ledger = pump->config.rx_ledger;
+    const struct nb_ring_place ring = pump->config.rx_free;
     for (int64_t i = 0; i < waiting; i++) {
-        struct nb_entry entry = ring_take(&pump->config.rx_free, &pump->rx_free_taken);
+        struct nb_entry entry = ring_take(&ring, &pump->rx_free_taken);
         if (entry.kind != NB_RX_PACKET || entry.flags != 0 || entry.queue != 0)
             return client_fault(NB_REFUSE_KIND);
         int64_t buffer = ledger_check(ledger, entry.dma_handle);
@@ -148,7 +198,10 @@ static void post_to(struct nb_pump *pump, struct pump_pair *pair)
     struct nb_ledger *ledger = pump->config.rx_ledger;
     uint32_t before_frame = ledger->region.headroom - pump->config.net_header_bytes;
     uint32_t room = ledger->region.stride - before_frame;
-    while (ledger_free_count(ledger) != 0 && virtqueue_has_room(queue, 1) && virtqueue_in_flight(queue) < pump->rx_share) {
+    uint32_t share = pump->rx_share - virtqueue_in_flight(queue);
+    uint32_t most = virtqueue_room(queue, 1) < share ? virtqueue_room(queue, 1) : share;
+    uint32_t count = ledger_free_count(ledger) < most ? ledger_free_count(ledger) : most;
+    for (uint32_t i = 0; i < count; i++) {
         uint32_t buffer = ledger_take_for_device(ledger);
         struct nb_segment segment = {ledger_iova(ledger, buffer) + before_frame, room};
         virtqueue_add(queue, &segment, 0, 1, buffer);

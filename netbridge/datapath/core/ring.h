@@ -60,8 +60,8 @@ struct nb_virtqueue {
     uint16_t size;
     uint16_t table_segments; /* of each table of INDIRECT_DESC; 0: not agreed */
     uint16_t free_head;
-    uint16_t free_count; /* descriptors */
-    uint16_t chains_in_flight;
+    uint32_t free_count; /* descriptors */
+    uint32_t chains_in_flight;
     /* Positions. Split: they wrap at 65,536, as the ring's own indices do. Packed: at twice the size; those of the first
      * lap stand for a wrap counter of 1, those of the second for 0. */
     uint16_t avail_next;
@@ -116,7 +116,7 @@ static inline void ring_book(struct nb_virtqueue *queue, uint16_t head, const st
     slot->writable = ring_bytes(segments + readable, writable);
     slot->readable = ring_bytes(segments, readable);
     slot->length = (uint16_t)descriptors;
-    queue->free_count -= (uint16_t)descriptors;
+    queue->free_count -= descriptors;
     queue->chains_in_flight++;
 }
 

@@ -141,7 +141,7 @@ static inline int packed_completed(const struct nb_virtqueue *queue)
 {
     if (queue->batch_left == 0 && !packed_is_used(queue))
         return 0;
-    return queue->chains_in_flight ? queue->chains_in_flight : -1 - NB_FAULT_USED_JUMP;
+    return queue->chains_in_flight ? (int)queue->chains_in_flight : -1 - NB_FAULT_USED_JUMP;
 }
 
 static inline int packed_take(struct nb_virtqueue *queue, struct nb_used *taken)

@@ -23,6 +23,9 @@ static bool has_room_for(const struct pump_pair *pair, uint32_t pieces)
     return virtqueue_has_room(pair->tx_queue, 1 + pieces);
 }
 
+/* In a chain's token beside its first buffer: look for the others in tx_pieces. A frame of one piece needs no look there. */
+enum { HAS_MORE_PIECES = MOST_BUFFERS };
+
 static void add_frame(struct nb_pump *pump, struct pump_pair *pair, uint32_t first)
 {
     const struct nb_ledger *ledger = pump->config.tx_ledger;
@@ -32,7 +35,7 @@ static void add_frame(struct nb_pump *pump, struct pump_pair *pair, uint32_t fir
     for (uint32_t buffer = first; buffer != NO_BUFFER; buffer = pump->tx_pieces[buffer].next)
         segments[count++] = (struct nb_segment){ledger_iova(ledger, buffer) + ledger->region.headroom,
                                                 pump->tx_pieces[buffer].bytes};
-    virtqueue_add(pair->tx_queue, segments, count, 0, first);
+    virtqueue_add(pair->tx_queue, segments, count, 0, count > 2 ? first | (uint32_t)HAS_MORE_PIECES : first);
 }
 
 static uint32_t drain_backlog(struct nb_pump *pump, struct pump_pair *pair)
@@ -171,22 +174,34 @@ static int finish_sent(struct nb_pump *pump)
 
 /* The rule, not the exception: a frame of one piece and without a header, and nothing in its way. False: the longer way,
  * which also finds out what is wrong. */
-static bool send_simple(struct nb_pump *pump, const struct nb_entry *entry)
+static inline bool send_simple(struct nb_pump *pump, struct nb_entry entry)
 {
     struct nb_ledger *ledger = pump->config.tx_ledger;
-    int64_t checked = ledger_check(ledger, entry->dma_handle);
-    if (checked < 0 || entry->kind != NB_TX_PACKET || entry->flags != 0 || entry->queue >= pump->config.pair_count ||
-        entry->len < ETHERNET_HEADER || entry->len > ledger_room(ledger) || pump->gathered.pieces != 0)
+    int64_t checked = ledger_check(ledger, entry.dma_handle);
+    if (checked < 0 || entry.kind != NB_TX_PACKET || entry.flags != 0 || entry.queue >= pump->config.pair_count ||
+        entry.len < ETHERNET_HEADER || entry.len > ledger_room(ledger) || pump->gathered.pieces != 0)
         return false;
-    struct pump_pair *pair = &pump->pairs[entry->queue];
+    struct pump_pair *pair = &pump->pairs[entry.queue];
     if (pair->backlog_first != NO_BUFFER || !has_room_for(pair, 1))
         return false;
     uint32_t buffer = (uint32_t)checked;
     ledger_move(ledger, buffer, NB_OWNER_CLIENT, NB_OWNER_DEVICE);
     const struct nb_segment segments[2] = {{pump->config.tx_headers_iova, pump->config.net_header_bytes},
-                                           {ledger_iova(ledger, buffer) + ledger->region.headroom, entry->len}};
+                                           {ledger_iova(ledger, buffer) + ledger->region.headroom, entry.len}};
     virtqueue_add(pair->tx_queue, segments, 2, 0, buffer);
     return true;
+}
+
+/* The longer way, with a copy of its own of the entry at `position`: nothing was decided by the first. How many frames are
+ * whole by it, or a verdict. */
+static int send_by_the_piece(struct nb_pump *pump, uint32_t position)
+{
+    struct nb_entry entry = ring_take(&pump->config.tx_active, &position);
+    int verdict = gather_entry(pump, &entry);
+    if (verdict < 0 || entry.flags & NB_MORE)
+        return verdict;
+    verdict = finish_sent(pump);
+    return verdict < 0 ? verdict : 1;
 }
 
 int pump_transmit(struct nb_pump *pump)
@@ -197,25 +212,27 @@ int pump_transmit(struct nb_pump *pump)
     uint32_t moved = 0;
     for (uint32_t i = 0; i < pump->config.pair_count; i++)
         moved += drain_backlog(pump, &pump->pairs[i]);
+    const struct nb_ring_place ring = pump->config.tx_active;
+    uint32_t position = pump->tx_active_taken;
     uint32_t frames = moved, taken = 0;
     int verdict = 0;
-    while (taken < waiting && taken < pump->config.burst && pump_can_transmit(pump)) {
-        struct nb_entry entry = ring_take(&pump->config.tx_active, &pump->tx_active_taken);
-        taken++;
-        if (send_simple(pump, &entry)) {
+    while (taken < waiting && taken < pump->config.burst) {
+        uint32_t next = position;
+        if (send_simple(pump, ring_take(&ring, &next)))
             frames++;
-            continue;
-        }
-        verdict = gather_entry(pump, &entry);
-        if (verdict == 0 && !(entry.flags & NB_MORE)) {
-            verdict = finish_sent(pump);
-            frames += verdict == 0;
-        }
+        else if (!pump_can_transmit(pump))
+            break;
+        else if ((verdict = send_by_the_piece(pump, position)) > 0)
+            frames++;
+        position = next;
+        taken++;
         if (verdict < 0)
             break;
     }
-    if (taken)
-        ring_consumed(&pump->config.tx_active, pump->tx_active_taken);
+    if (taken) {
+        pump->tx_active_taken = position;
+        ring_consumed(&ring, position);
+    }
     if (frames) {
         count_burst(pump->config.counters->tx_bursts, frames);
         for (uint32_t i = 0; i < pump->config.pair_count; i++)
@@ -226,7 +243,7 @@ int pump_transmit(struct nb_pump *pump)
 
 /* ---- Back to the client --------------------------------------------------------------------------------------- */
 
-void pump_acknowledge(struct nb_pump *pump, uint32_t buffer)
+static inline void acknowledge(struct nb_pump *pump, uint32_t buffer)
 {
     ring_put(&pump->config.tx_done, &pump->tx_done_put,
              (struct nb_entry){
@@ -236,15 +253,22 @@ void pump_acknowledge(struct nb_pump *pump, uint32_t buffer)
              });
 }
 
-void pump_acknowledge_frame(struct nb_pump *pump, uint32_t first)
+void pump_acknowledge(struct nb_pump *pump, uint32_t buffer) { acknowledge(pump, buffer); }
+
+static inline void acknowledge_frame(struct nb_pump *pump, uint32_t token)
 {
-    for (uint32_t buffer = first, next; buffer != NO_BUFFER; buffer = next) {
+    if (!(token & HAS_MORE_PIECES)) {
+        acknowledge(pump, token);
+        return;
+    }
+    for (uint32_t buffer = token & ~(uint32_t)HAS_MORE_PIECES, next; buffer != NO_BUFFER; buffer = next) {
         next = pump->tx_pieces[buffer].next;
-        if (next != NO_BUFFER)
-            pump->tx_pieces[buffer].next = NO_BUFFER;
-        pump_acknowledge(pump, buffer);
+        pump->tx_pieces[buffer].next = NO_BUFFER;
+        acknowledge(pump, buffer);
     }
 }
+
+void pump_acknowledge_frame(struct nb_pump *pump, uint32_t token) { acknowledge_frame(pump, token); }
 
 int pump_complete(struct nb_pump *pump, struct pump_pair *pair)
 {
@@ -257,7 +281,7 @@ int pump_complete(struct nb_pump *pump, struct pump_pair *pair)
     struct nb_used used;
     for (; taken < completed && (got = virtqueue_take(pair->tx_queue, &used)) > 0; taken++) {
         bytes += used.readable - pump->config.net_header_bytes;
-        pump_acknowledge_frame(pump, used.buffer);
+        acknowledge_frame(pump, used.buffer);
     }
     if (taken) {
         pair->completed += (uint32_t)taken;

@@ -52,7 +52,8 @@ static void begin(struct nb_virtqueue *queue)
     uint16_t size = queue->size;
     queue->free_head = queue->oldest = 0;
     queue->free_count = size;
-    queue->chains_in_flight = queue->batch_left = 0;
+    queue->chains_in_flight = 0;
+    queue->batch_left = 0;
     queue->avail_next = queue->avail_shown = queue->used_next = queue->used_shown = 0;
     queue->unpublished = 0;
     queue->interrupts = true;
@@ -88,7 +89,7 @@ struct nb_virtqueue *nb_virtqueue_new(const struct nb_virtqueue_config *config)
 
 void nb_virtqueue_free(struct nb_virtqueue *queue) { free(queue); }
 
-uint16_t nb_virtqueue_in_flight(const struct nb_virtqueue *queue) { return queue->chains_in_flight; }
+uint16_t nb_virtqueue_in_flight(const struct nb_virtqueue *queue) { return (uint16_t)queue->chains_in_flight; }
 
 uint32_t nb_virtqueue_notification(const struct nb_virtqueue *queue) { return virtqueue_notification(queue); }
 

@@ -19,6 +19,12 @@ static inline bool virtqueue_has_room(const struct nb_virtqueue *queue, uint32_t
     return queue->free_count >= (ring_uses_table(queue, segments) ? 1 : segments);
 }
 
+/* How many chains of so many segments can be added. */
+static inline uint32_t virtqueue_room(const struct nb_virtqueue *queue, uint32_t segments)
+{
+    return queue->free_count / (ring_uses_table(queue, segments) ? 1 : segments);
+}
+
 /* Whether more than half of the queue is free. */
 static inline bool virtqueue_is_half_empty(const struct nb_virtqueue *queue)
 {
@@ -100,6 +106,20 @@ static inline int virtqueue_completed(struct nb_virtqueue *queue)
 static inline int virtqueue_take(struct nb_virtqueue *queue, struct nb_used *taken)
 {
     return queue->packed ? packed_take(queue, taken) : split_take(queue, taken);
+}
+
+/* Takes completed chains, up to `most`: how many, in their order; a fault only when there is none before it, so that it
+ * is found again the next time. All at once, so that what a chain brought can be fetched while others are looked at. */
+static inline int virtqueue_take_burst(struct nb_virtqueue *queue, struct nb_used *taken, int most)
+{
+    int count = 0, got = 0;
+    if (queue->packed)
+        while (count < most && (got = packed_take(queue, &taken[count])) > 0)
+            count++;
+    else
+        while (count < most && (got = split_take(queue, &taken[count])) > 0)
+            count++;
+    return count ? count : got;
 }
 
 /* Interrupts on or off: a hint to the device, so whoever turns them on looks once more, after a full fence. On: for the

@@ -10,7 +10,7 @@
 
 #include "virtqueue.h"
 
-enum { BURST = 64, HEADER_BYTES = 12, NUM_BUFFERS_OFFSET = 10, TEMPLATE_BYTES = 42, LOAD_BUFFERS = 4096 };
+enum { BURST = 64, TAKEN_AT_ONCE = 8, HEADER_BYTES = 12, NUM_BUFFERS_OFFSET = 10, TEMPLATE_BYTES = 42, LOAD_BUFFERS = 4096 };
 
 /* `memory` is `buffers` buffers of `stride` bytes; a frame lies at HEADER_BYTES in its buffer. */
 struct load {
@@ -26,6 +26,8 @@ struct load {
     uint32_t free_count;
     uint32_t free[LOAD_BUFFERS]; /* buffers neither queue has */
 };
+
+static int lesser(int a, int b) { return a < b ? a : b; }
 
 static bool stopped(struct load *load) { return __atomic_load_n(&load->stop, __ATOMIC_RELAXED); }
 
@@ -54,12 +56,13 @@ static void send(struct load *load, uint32_t buffer, uint32_t length)
 static int reap(struct load *load)
 {
     int done = virtqueue_completed(load->tx), got = 0, taken = 0;
-    struct nb_used used;
+    struct nb_used used[TAKEN_AT_ONCE];
     if (done < 0)
         return done;
-    while (taken < done && (got = virtqueue_take(load->tx, &used)) > 0) {
-        load->free[load->free_count++] = used.buffer;
-        taken++;
+    while (taken < done && (got = virtqueue_take_burst(load->tx, used, lesser(done - taken, TAKEN_AT_ONCE))) > 0) {
+        for (int i = 0; i < got; i++)
+            load->free[load->free_count++] = used[i].buffer;
+        taken += got;
     }
     return got < 0 ? got : taken;
 }
@@ -90,26 +93,44 @@ int64_t load_transmit(struct load *load)
     return frames;
 }
 
-/* Takes up to a burst of received buffers; `each` says what becomes of one. */
+static const uint8_t *num_buffers_of(const struct load *load, const struct nb_used *used)
+{
+    return load->memory + (uint64_t)used->buffer * load->stride + NUM_BUFFERS_OFFSET;
+}
+
+/* Takes up to `most` buffers, and fetches their headers if they say something, as the pump does. */
+static inline int take_buffers(struct load *load, struct nb_used *used, int most)
+{
+    int got = virtqueue_take_burst(load->rx, used, lesser(most, TAKEN_AT_ONCE));
+    if (load->merges)
+        for (int i = 0; i < got; i++)
+            __builtin_prefetch(num_buffers_of(load, &used[i]));
+    return got;
+}
+
+/* Takes up to a burst of received buffers, and sends them back or is done with them. */
 static inline int take(struct load *load, bool echo)
 {
     int done = virtqueue_completed(load->rx), got = 0, taken = 0;
-    struct nb_used used;
+    struct nb_used used[TAKEN_AT_ONCE];
     if (done < 0)
         return done;
-    while (taken < done && taken < BURST && (!echo || virtqueue_has_room(load->tx, 2)) &&
-           (got = virtqueue_take(load->rx, &used)) > 0) {
-        uint16_t pieces = 1;
-        if (load->merges)
-            memcpy(&pieces, load->memory + (uint64_t)used.buffer * load->stride + NUM_BUFFERS_OFFSET,
-                   sizeof(pieces));
-        if (pieces != 1 || used.written < HEADER_BYTES)
-            return -1 - NB_FAULT_NUM_BUFFERS;
-        if (echo)
-            send(load, used.buffer, used.written - HEADER_BYTES);
-        else
-            load->free[load->free_count++] = used.buffer;
-        taken++;
+    int most = lesser(done, BURST);
+    if (echo)
+        most = lesser(most, (int)virtqueue_room(load->tx, 2));
+    while (taken < most && (got = take_buffers(load, used, most - taken)) > 0) {
+        for (int i = 0; i < got; i++) {
+            uint16_t pieces = 1;
+            if (load->merges)
+                memcpy(&pieces, num_buffers_of(load, &used[i]), sizeof(pieces));
+            if (pieces != 1 || used[i].written < HEADER_BYTES)
+                return -1 - NB_FAULT_NUM_BUFFERS;
+            if (echo)
+                send(load, used[i].buffer, used[i].written - HEADER_BYTES);
+            else
+                load->free[load->free_count++] = used[i].buffer;
+        }
+        taken += got;
     }
     return got < 0 ? got : taken;
 }

@@ -69,7 +69,7 @@ THREAD = Variant(
     (("TSAN_OPTIONS", f"halt_on_error=1 atexit_sleep_ms=0 suppressions={TESTS / 'thread_sanitizer.supp'}"),),
 )
 # As it is shipped, for measuring.
-PLAIN = Variant("plain", ("-O3", "-fno-strict-aliasing", "-DWITHOUT_JITTER"))
+PLAIN = Variant("plain", ("-O3", "-fno-tree-slp-vectorize", "-fno-strict-aliasing", "-DWITHOUT_JITTER"))
 
 
 class CompilationFailed(Exception):

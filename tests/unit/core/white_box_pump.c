@@ -140,7 +140,7 @@ static const char *hold_queue(struct holdings *holdings, const struct nb_pump *p
             continue;
         chains++;
         descriptors += slot->length;
-        wrong = sends ? hold_frame(holdings, pump, slot->buffer) : hold(holdings, slot->buffer);
+        wrong = sends ? hold_frame(holdings, pump, slot->buffer & ~(uint32_t)HAS_MORE_PIECES) : hold(holdings, slot->buffer);
     }
     if (wrong)
         return wrong;

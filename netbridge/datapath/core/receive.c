@@ -120,10 +120,11 @@ static inline int receive_buffer(struct nb_pump *pump, struct pump_pair *pair, c
 }
 
 /* Takes up to `most` buffers, looks at the memory of none before all are asked for: each header is a cache line that the
- * device has just written. How many, or -1 - the enum nb_device_fault. */
-static inline int take_buffers(const struct nb_pump *pump, struct pump_pair *pair, struct nb_used *used, uint32_t most)
+ * device has just written. Returns as virtqueue_take_burst does. */
+static inline int take_buffers(const struct nb_pump *pump, struct pump_pair *pair, struct nb_used *used, uint32_t most,
+                               int *last)
 {
-    int got = virtqueue_take_burst(pair->rx_queue, used, (int)(most < TAKEN_AT_ONCE ? most : TAKEN_AT_ONCE));
+    int got = virtqueue_take_burst(pair->rx_queue, used, (int)(most < TAKEN_AT_ONCE ? most : TAKEN_AT_ONCE), last);
     if (pump->config.rx_max_pieces > 1)
         for (int i = 0; i < got; i++)
             __builtin_prefetch(num_buffers_of(pump, used[i].buffer));
@@ -154,8 +155,9 @@ int pump_receive(struct nb_pump *pump, struct pump_pair *pair)
     struct received received = {.put = pump->rx_active_put};
     struct nb_used used[TAKEN_AT_ONCE];
     uint32_t taken = 0;
-    int verdict = 0, got = 0;
-    while (verdict == 0 && taken < take && (got = take_buffers(pump, pair, used, take - taken)) > 0) {
+    int verdict = 0, last = 1;
+    while (verdict == 0 && taken < take && last > 0) {
+        int got = take_buffers(pump, pair, used, take - taken, &last);
         taken += (uint32_t)got;
         /* Also after a lie, for those behind it are off the queue. The first one is what is reported. */
         for (int i = 0; i < got; i++) {
@@ -164,8 +166,8 @@ int pump_receive(struct nb_pump *pump, struct pump_pair *pair)
         }
     }
     publish_received(pump, &received);
-    if (got < 0)
-        verdict = device_fault(-1 - got);
+    if (verdict == 0 && last < 0)
+        verdict = device_fault(-1 - last);
     return verdict < 0 ? verdict : (int)taken;
 }
 

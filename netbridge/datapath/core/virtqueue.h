@@ -108,18 +108,19 @@ static inline int virtqueue_take(struct nb_virtqueue *queue, struct nb_used *tak
     return queue->packed ? packed_take(queue, taken) : split_take(queue, taken);
 }
 
-/* Takes completed chains, up to `most`: how many, in their order; a fault only when there is none before it, so that it
- * is found again the next time. All at once, so that what a chain brought can be fetched while others are looked at. */
-static inline int virtqueue_take_burst(struct nb_virtqueue *queue, struct nb_used *taken, int most)
+/* Takes completed chains, up to `most`, and returns how many; `last` is what virtqueue_take() said in the end: 1: there may
+ * be more. All at once, so that what a chain brought can be fetched while others are looked at. */
+static inline int virtqueue_take_burst(struct nb_virtqueue *queue, struct nb_used *taken, int most, int *last)
 {
-    int count = 0, got = 0;
+    int count = 0, got = 1;
     if (queue->packed)
         while (count < most && (got = packed_take(queue, &taken[count])) > 0)
             count++;
     else
         while (count < most && (got = split_take(queue, &taken[count])) > 0)
             count++;
-    return count ? count : got;
+    *last = got;
+    return count;
 }
 
 /* Interrupts on or off: a hint to the device, so whoever turns them on looks once more, after a full fence. On: for the

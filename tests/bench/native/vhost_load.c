@@ -56,14 +56,11 @@ static void send(struct load *load, uint32_t buffer, uint32_t length)
 static int reap(struct load *load)
 {
     int done = virtqueue_completed(load->tx), got = 0, taken = 0;
-    struct nb_used used[TAKEN_AT_ONCE];
+    struct nb_used used;
     if (done < 0)
         return done;
-    while (taken < done && (got = virtqueue_take_burst(load->tx, used, lesser(done - taken, TAKEN_AT_ONCE))) > 0) {
-        for (int i = 0; i < got; i++)
-            load->free[load->free_count++] = used[i].buffer;
-        taken += got;
-    }
+    for (; taken < done && (got = virtqueue_take(load->tx, &used)) > 0; taken++)
+        load->free[load->free_count++] = used.buffer;
     return got < 0 ? got : taken;
 }
 
@@ -99,9 +96,9 @@ static const uint8_t *num_buffers_of(const struct load *load, const struct nb_us
 }
 
 /* Takes up to `most` buffers, and fetches their headers if they say something, as the pump does. */
-static inline int take_buffers(struct load *load, struct nb_used *used, int most)
+static inline int take_buffers(struct load *load, struct nb_used *used, int most, int *last)
 {
-    int got = virtqueue_take_burst(load->rx, used, lesser(most, TAKEN_AT_ONCE));
+    int got = virtqueue_take_burst(load->rx, used, lesser(most, TAKEN_AT_ONCE), last);
     if (load->merges)
         for (int i = 0; i < got; i++)
             __builtin_prefetch(num_buffers_of(load, &used[i]));
@@ -111,14 +108,15 @@ static inline int take_buffers(struct load *load, struct nb_used *used, int most
 /* Takes up to a burst of received buffers, and sends them back or is done with them. */
 static inline int take(struct load *load, bool echo)
 {
-    int done = virtqueue_completed(load->rx), got = 0, taken = 0;
+    int done = virtqueue_completed(load->rx), last = 1, taken = 0;
     struct nb_used used[TAKEN_AT_ONCE];
     if (done < 0)
         return done;
     int most = lesser(done, BURST);
     if (echo)
         most = lesser(most, (int)virtqueue_room(load->tx, 2));
-    while (taken < most && (got = take_buffers(load, used, most - taken)) > 0) {
+    while (taken < most && last > 0) {
+        int got = take_buffers(load, used, most - taken, &last);
         for (int i = 0; i < got; i++) {
             uint16_t pieces = 1;
             if (load->merges)
@@ -132,7 +130,7 @@ static inline int take(struct load *load, bool echo)
         }
         taken += got;
     }
-    return got < 0 ? got : taken;
+    return last < 0 ? last : taken;
 }
 
 int64_t load_receive(struct load *load)

@@ -10,7 +10,7 @@ enum message_type { HELLO = 1, WELCOME, READY, LINK, BYE };
 enum {
     HEADER_BYTES = 16,
     HELLO_BYTES = 64,
-    WELCOME_BYTES = 176,
+    WELCOME_BYTES = 184,
     READY_BYTES = 16,
     LINK_BYTES = 32,
     BYE_BYTES = 128,

@@ -21,6 +21,7 @@ enum {
     MOST_STRIDE = 1 << 20,
     LEAST_ROOM = 60,
     READ_ONLY = 1,
+    MOST_PAIRS = 256,
     SEALS = F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL,
 };
 #define MOST_REGION_BYTES (UINT64_C(1) << 40)
@@ -45,12 +46,14 @@ struct region {
 struct offer {
     uint8_t facts[16];
     uint16_t session;
-    uint16_t reserved;
+    uint16_t queue_pairs;
     uint32_t headroom;
     uint32_t continuation_offset;
     uint32_t rx_limit;
     uint64_t offloads;
     uint64_t rings_size;
+    uint32_t tx_largest;
+    uint32_t tx_pieces;
     struct ring rings[RINGS];
     struct region regions[2];
 };
@@ -114,6 +117,12 @@ static int check_regions(struct netbridge *port, const struct offer *offer)
         REFUSE("tx region is read-only: a client could not write the frames it sends");
     if (offer->rx_limit == 0 || offer->rx_limit > offer->regions[0].buffers)
         REFUSE("rx_limit %u is not between 1 and the %u RX buffers", offer->rx_limit, offer->regions[0].buffers);
+    uint32_t most_pieces = offer->regions[1].buffers < NB_MOST_PIECES ? offer->regions[1].buffers : NB_MOST_PIECES;
+    if (offer->tx_pieces == 0 || offer->tx_pieces > most_pieces)
+        REFUSE("tx_pieces %u is not between 1 and %u", offer->tx_pieces, most_pieces);
+    uint64_t room = offer->regions[1].stride - offer->headroom;
+    if (offer->tx_largest < room || offer->tx_largest > room * offer->tx_pieces)
+        REFUSE("tx_largest %u is not between what one buffer and what %u buffers hold", offer->tx_largest, offer->tx_pieces);
     return 0;
 }
 
@@ -161,8 +170,9 @@ int take_offer(struct netbridge *port, const struct message *welcome)
     struct offer offer;
     int error;
     memcpy(&offer, welcome->bytes + HEADER_BYTES, sizeof(offer));
-    if (offer.session == 0 || offer.reserved != 0 || !read_facts(offer.facts, &port->facts))
-        return broken(port, NETBRIDGE_REASON_MALFORMED, "WELCOME with a session or facts that may not be");
+    if (offer.session == 0 || offer.queue_pairs == 0 || offer.queue_pairs > MOST_PAIRS ||
+        !read_facts(offer.facts, &port->facts))
+        return broken(port, NETBRIDGE_REASON_MALFORMED, "WELCOME with a session, queue pairs or facts that may not be");
     if (offer.offloads != 0)
         return broken(port, NETBRIDGE_REASON_MALFORMED, "WELCOME with offloads that were not asked for");
     if ((error = check_regions(port, &offer)) || (error = check_rings(port, &offer)))
@@ -192,6 +202,9 @@ int take_offer(struct netbridge *port, const struct message *welcome)
     native->continuation_offset = offer.continuation_offset;
     native->client_doorbell_fd = port->fds[CLIENT_DOORBELL_FD];
     native->driver_doorbell_fd = port->fds[DRIVER_DOORBELL_FD];
+    native->tx_largest_frame = offer.tx_largest;
+    native->tx_max_pieces = offer.tx_pieces;
+    native->queue_pairs = offer.queue_pairs;
     port->session = offer.session;
     port->rx_limit = offer.rx_limit;
     if (nb_client_init(native) != 0)

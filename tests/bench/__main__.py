@@ -17,7 +17,7 @@ import time
 from collections.abc import Sequence
 
 from tests.bench import machine, report
-from tests.bench.contest import LEAST_ROUNDS, Contest, Row, Unavailable
+from tests.bench.contest import LEAST_ROUNDS, Contest, Row, Series, Unavailable
 from tests.bench.native import CompilationFailed
 
 BENCHES = ("vhost", "port", "guest", "tcp", "cost", "harness")
@@ -79,7 +79,7 @@ def _module(name: str):  # type: ignore[no-untyped-def]
     return importlib.import_module(full) if importlib.util.find_spec(full) else None
 
 
-def _run(contest: Contest, rounds: int) -> list[Row]:
+def _run(contest: Contest | Series, rounds: int) -> list[Row]:
     label = f"{contest.bench}: {contest.metric}"
     began = time.monotonic()
     _say(f"{label}: warming up")
@@ -90,7 +90,7 @@ def _run(contest: Contest, rounds: int) -> list[Row]:
     rows = contest.run(rounds, on_round)
     for row in rows:
         ratio = f"{row.ratio_median:.2f} ({row.ratio_min:.2f}–{row.ratio_max:.2f})"
-        _say(f"{label}: {ratio} × {row.peer_name}, in {time.monotonic() - began:.0f} s", stays=True)
+        _say(f"{row.bench}: {row.metric}: {ratio} × {row.peer_name}, in {time.monotonic() - began:.0f} s", stays=True)
     return rows
 
 

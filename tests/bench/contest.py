@@ -112,3 +112,58 @@ def _turned(names: list[str], number: int) -> Iterator[str]:
     """Every round somebody else begins, so that nobody always runs on a processor that is warm, or tired."""
     start = number % len(names)
     yield from names[start:] + names[:start]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A row that a Series is to have: one figure of ours against the same of a peer's."""
+
+    metric: str
+    unit: str
+    figure: str
+    """The key of what both have measured."""
+    ours: str
+    peer: str
+    better: Better = "higher"
+    goal: float | None = None
+
+
+@dataclass
+class Series:
+    """Several metrics at once, for contestants that take longer to get to work than to be measured: a visit to one
+    returns all its figures. Ratios are taken within a round, as in a Contest. A figure that a contestant does not have
+    makes no row."""
+
+    bench: str
+    visits: Mapping[str, Callable[[], Mapping[str, float]]]
+    pairs: Sequence[Pair]
+    commands: Sequence[str] = ()
+
+    metric = "all metrics in turns"
+    unit = "(the first of them)"
+
+    def run(self, rounds: int, on_round: Callable[[int, str, float], None] = lambda *_: None) -> list[Row]:
+        """As Contest.run. The warm-up is left out: each visit settles before it is measured."""
+        if len(self.visits) < 2:
+            raise Unavailable("no peer can be had here, and a figure without one is not reported")
+        figures: dict[str, list[Mapping[str, float]]] = {name: [] for name in self.visits}
+        states = [machine.cache_line_ns()]
+        for number in range(rounds):
+            for name in _turned(list(self.visits), number):
+                found = self.visits[name]()
+                if wrong := [key for key, value in found.items() if not value > 0]:
+                    raise ValueError(f"{self.bench}: {name} measured {wrong[0]} as {found[wrong[0]]}")
+                figures[name].append(found)
+                on_round(number, name, next(iter(found.values())))
+            states.append(machine.cache_line_ns())
+        rows = []
+        for pair in self.pairs:
+            sides = [figures.get(name, [{}]) for name in (pair.ours, pair.peer)]
+            if all(pair.figure in found for side in sides for found in side):
+                ours, peer = ([found[pair.figure] for found in side] for side in sides)
+                goals = {} if pair.goal is None else {pair.peer: pair.goal}
+                contest = Contest(
+                    self.bench, pair.metric, pair.unit, lambda: 0.0, {}, pair.better, goals, self.commands
+                )
+                rows.append(contest._row(pair.peer, ours, peer, states))
+        return rows

@@ -1,0 +1,237 @@
+"""Whole drivers in one guest, in turns, on the same function, the same wire and the same processor.
+
+    wire_load (host) ═══ QEMU's virtio-net ═══ Net-Bridge and a client of its port
+                                               or DPDK's testpmd on vfio-pci
+                                               or the kernel's driver and AF_PACKET
+
+For each visit the function is bound to the driver whose turn it is, which then receives, transmits and echoes for a
+second each, and answers one frame at a time for another. What a guest receives is counted in the guest, since there may
+be drops on the way to whoever wants the frame; what it sends is counted by the host.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from pathlib import Path
+
+from qemu.codedisk import build_code_disk
+from qemu.command import default_mac
+from qemu.errors import HarnessError
+from qemu.guest import Guest, Nic, boot
+from qemu.images import Recipe, ensure_image
+from tests.bench import native
+from tests.bench.contest import Pair, Series, Unavailable
+from tests.bench.guest_testpmd import GuestTestpmd
+from tests.bench.wire import LoadWire
+from tests.e2e import testbed
+
+SUMMARY = "Net-Bridge, DPDK on vfio-pci and the kernel's driver with AF_PACKET, in turns in one guest"
+ROOT = Path(__file__).resolve().parents[2]
+RECIPE = ROOT / "images" / "bench.toml"
+CODE = ROOT / "images" / "code.toml"
+MAC = default_mac(0)
+LENGTH = 64
+SECONDS, SETTLE_SECONDS = 1.0, 0.3
+SPIN_US = 100_000
+TALLY = "/run/bench.tally"
+FLAGS = ("-static", "-march=x86-64", "-fno-strict-aliasing")  # for the guest's processor, and without its libraries
+CORE = ROOT / "netbridge/datapath/core"
+CLIENT = ROOT / "client"
+LIBRARY = [*(CORE / f"{name}.c" for name in ("client", "capture", "counting"))]
+LIBRARY += [CLIENT / f"{name}.c" for name in ("control", "offer", "session")]
+
+INTERRUPTS, POLLING = "Net-Bridge on interrupts", "Net-Bridge polling"
+DPDK, KERNEL = "DPDK testpmd", "AF_PACKET in C"
+RATES = ("receive", "transmit", "echo")
+
+
+def contests(quick: bool) -> Iterator[Series]:
+    with ExitStack() as stack:
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="netbridge-bench-")))
+        wire = stack.enter_context(contextlib.closing(LoadWire()))
+        try:
+            guest = stack.enter_context(_boot(directory, wire))
+        except HarnessError as error:
+            raise Unavailable(str(error).splitlines()[0]) from error
+        drivers: dict[str, _Driver] = {
+            INTERRUPTS: _Netbridge(guest, directory, spin_us=0),
+            POLLING: _Netbridge(guest, directory, spin_us=SPIN_US),
+            DPDK: _Dpdk(guest),
+            KERNEL: _Packet(guest, ["/run/frames_packet"]),
+        }
+        yield Series(
+            bench="guest",
+            visits={name: _visit(driver, wire) for name, driver in drivers.items()},
+            pairs=_pairs(),
+            commands=(f"# {guest.accel}", *(driver.command for driver in drivers.values())),
+        )
+    raise Unavailable(
+        "AF_XDP, AF_PACKET in Python, an echo within the driver's process, QEMU alone: no program for them yet"
+    )
+
+
+def _boot(directory: Path, wire: LoadWire) -> Guest:
+    image = ensure_image(Recipe.load(RECIPE))
+    code = build_code_disk(image, CODE, directory / "code.img")
+    guest = boot(
+        image,
+        artefacts=directory,
+        code=code,
+        nics=[Nic(wire=wire)],
+        memory_mb=1024,
+        append=["hugepages=160"],  # for DPDK; ours takes some of them, too
+        accel=os.environ.get("ACCEL", "auto"),
+    )
+    programs = {
+        "frames_packet": native.build("frames_packet", flags=FLAGS),
+        "frames_port": native.build("frames_port", sources=LIBRARY, flags=(*FLAGS, f"-I{CLIENT}", f"-I{CORE}")),
+    }
+    for name, program in programs.items():
+        guest.put(program, f"/run/{name}", 0o755)
+    guest.run(["sh", "-c", "mkdir -p /run/huge && mount -t hugetlbfs none /run/huge"])
+    guest.put(bytes(8), TALLY, 0o666)
+    return guest
+
+
+def _pairs() -> list[Pair]:
+    """Goals: nine tenths of DPDK's rates and twice the kernel's; a round trip no longer than DPDK's when polling, nor
+    than the kernel's on interrupts."""
+    pairs = []
+    for figure in (*RATES, "p50", "p99"):
+        rate = figure in RATES
+        for ours, how in ((INTERRUPTS, "interrupts"), (POLLING, "polling")):
+            for peer in (DPDK, KERNEL):
+                if rate:
+                    goal = {DPDK: 0.9, KERNEL: 2.0}.get(peer)
+                else:
+                    goal = 1.0 if (ours, peer) in ((POLLING, DPDK), (INTERRUPTS, KERNEL)) else None
+                metric = f"{figure if rate else f'round trip, {figure}'}, {LENGTH} B, {how}"
+                unit, better = ("frames/s", "higher") if rate else ("µs", "lower")
+                pairs.append(Pair(metric, unit, figure, ours, peer, "higher" if better == "higher" else "lower", goal))
+    return pairs
+
+
+class _Driver(ABC):
+    """One that can have the function. `command` is what a reader would type in the guest."""
+
+    command = ""
+
+    @abstractmethod
+    def driving(self) -> AbstractContextManager[None]:
+        """The function is bound to it, and it is ready to work."""
+
+    @abstractmethod
+    def working(self, what: str) -> AbstractContextManager[Callable[[], int]]:
+        """It receives, transmits or echoes. Yields what tells how many frames it has had."""
+
+
+def _visit(driver: _Driver, wire: LoadWire) -> Callable[[], dict[str, float]]:
+    def visit() -> dict[str, float]:
+        found = {}
+        with driver.driving():
+            with driver.working("receive") as count, wire.flood(LENGTH, MAC):
+                time.sleep(SETTLE_SECONDS)
+                first, began = count(), time.monotonic()
+                time.sleep(SECONDS)
+                last, ended = count(), time.monotonic()
+                found["receive"] = (last - first) / (ended - began)
+            with driver.working("transmit"):
+                found["transmit"] = wire.sink(SECONDS)
+            with driver.working("echo"):
+                found["echo"] = wire.window(LENGTH, MAC, SECONDS)
+                found["p50"], found["p99"] = wire.roundtrip(LENGTH, MAC, SECONDS)
+        return found
+
+    return visit
+
+
+def _tally(guest: Guest) -> int:
+    return int(guest.eval(f"int.from_bytes(open({TALLY!r}, 'rb').read(8), 'little')", timeout=30.0))
+
+
+class _Netbridge(_Driver):
+    def __init__(self, guest: Guest, directory: Path, spin_us: int) -> None:
+        self._guest, self._directory, self._options = guest, directory, ["--spin-us", str(spin_us)]
+        self._pci = testbed.nics(guest)[0][0]
+        self.command = " ".join(testbed.netbridge("run", "vnode.yml", *self._options))
+
+    @contextmanager
+    def driving(self) -> Iterator[None]:
+        self._guest.put(testbed.manifest(self._pci).encode(), testbed.MANIFEST)
+        command = testbed.netbridge("run", testbed.MANIFEST, "--json", *self._options)
+        with self._guest.start(command, log=self._directory / "driver.log") as self._process:
+            testbed.wait_for_line(self._process, r" prepared ")
+            yield
+            testbed.end(self._process)
+
+    @contextmanager
+    def working(self, what: str) -> Iterator[Callable[[], int]]:
+        if what == "echo":
+            client = testbed.start_echo(self._guest, self._directory / "client.log")
+        else:
+            words = ["/run/frames_port", what, str(LENGTH), TALLY]
+            client = self._guest.start(words, user=testbed.SERVICE_USER, log=self._directory / "client.log")
+        with client:
+            testbed.wait_for_line(self._process, r" serving ")
+            yield lambda: _tally(self._guest)
+        # Only then is it over, and another client let in.
+        testbed.wait_for_line(self._process, r" prepared ")
+
+
+class _Packet(_Driver):
+    def __init__(self, guest: Guest, program: list[str]) -> None:
+        self._guest, self._program = guest, program
+        self._pci = testbed.nics(guest)[0][0]
+        self._interface = ""
+        self.command = " ".join([*program, "receive|transmit|echo", str(LENGTH), TALLY, "INTERFACE"])
+
+    @contextmanager
+    def driving(self) -> Iterator[None]:
+        self._guest.rebind(self._pci, "virtio-pci")
+        self._interface = self._guest.eval(
+            f"import glob, os; os.path.basename(glob.glob('/sys/bus/pci/devices/{self._pci}/virtio*/net/*')[0])"
+        )
+        self._guest.run(["ip", "link", "set", self._interface, "addrgenmode", "none"])
+        self._guest.run(["ip", "link", "set", self._interface, "up"])
+        yield
+
+    @contextmanager
+    def working(self, what: str) -> Iterator[Callable[[], int]]:
+        words = [*self._program, what, str(LENGTH), TALLY, self._interface]
+        with self._guest.start(words) as process:
+            yield lambda: _tally(self._guest)
+            if not process.running:
+                raise RuntimeError(f"{' '.join(words)} ended: {process.stderr}")
+
+
+_MODES = {"receive": "rxonly", "transmit": "txonly", "echo": "macswap"}
+
+
+class _Dpdk(_Driver):
+    def __init__(self, guest: Guest) -> None:
+        self._guest, self._pci = guest, testbed.nics(guest)[0][0]
+        self.command = " ".join(GuestTestpmd.words(self._pci))
+
+    @contextmanager
+    def driving(self) -> Iterator[None]:
+        self._guest.rebind(self._pci, "vfio-pci")
+        with GuestTestpmd(self._guest, self._pci) as self._testpmd:
+            yield
+            self._testpmd.quit()
+        self._guest.rebind(self._pci, "virtio-pci")
+
+    @contextmanager
+    def working(self, what: str) -> Iterator[Callable[[], int]]:
+        self._testpmd.tell(f"set fwd {_MODES[what]}")
+        self._testpmd.tell(f"set txpkts {LENGTH}")
+        self._testpmd.tell("start")
+        try:
+            yield lambda: self._testpmd.received()
+        finally:
+            self._testpmd.tell("stop")

@@ -1,0 +1,73 @@
+"""The host's end of a guest's NIC as a load in C (native/wire_load.c): no frame of it is seen by Python."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import subprocess
+from collections.abc import Iterator, Sequence
+
+from tests.bench import native
+
+MOST_SECONDS = 30.0
+
+
+class LoadWire:
+    """A wire as qemu.command.Nic wants it; close() it after the guest."""
+
+    def __init__(self) -> None:
+        self._ours, self._theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._program = str(native.build("wire_load"))
+
+    def netdev(self, ident: str) -> str:
+        return f"dgram,id={ident},local.type=fd,local.str={self._theirs.fileno()}"
+
+    def fds(self) -> Sequence[int]:
+        return (self._theirs.fileno(),)
+
+    def attached(self) -> None:
+        self._theirs.close()
+
+    def close(self) -> None:
+        self._ours.close()
+        self._theirs.close()
+
+    def _words(self, *words: object) -> list[str]:
+        return [self._program, str(self._ours.fileno()), *(str(word) for word in words)]
+
+    @contextlib.contextmanager
+    def flood(self, length: int, mac: str) -> Iterator[None]:
+        """Frames of `length` bytes, as fast as the guest takes them, until the block is left."""
+        load = subprocess.Popen(self._words("flood", length, mac), pass_fds=(self._ours.fileno(),))
+        try:
+            yield
+        finally:
+            load.kill()
+            load.wait()
+
+    def _figures(self, *words: object) -> list[float]:
+        command = self._words(*words)
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=MOST_SECONDS,
+            pass_fds=(self._ours.fileno(),),
+        )
+        if done.returncode:
+            raise RuntimeError(f"wire_load {words[0]} ended with {done.returncode}: {done.stderr.strip()}")
+        return [float(word) for word in done.stdout.split()]
+
+    def sink(self, seconds: float) -> float:
+        """Frames a second that come from the guest."""
+        return self._figures("sink", round(1000 * seconds))[0]
+
+    def window(self, length: int, mac: str, seconds: float) -> float:
+        """Frames a second that the guest sends back, 64 of them under way."""
+        return self._figures("window", length, mac, round(1000 * seconds))[0]
+
+    def roundtrip(self, length: int, mac: str, seconds: float) -> tuple[float, float]:
+        """p50 and p99 of one frame at a time there and back, microseconds."""
+        p50, p99 = self._figures("roundtrip", length, mac, round(1000 * seconds))
+        return p50 / 1000, p99 / 1000

@@ -36,7 +36,6 @@ struct netbridge {
     struct mapping mappings[3];
     uint8_t *rx_here; /* one for each buffer: whether it is this client's at the moment */
     uint8_t *tx_here;
-    bool in_frame; /* the last piece had MORE */
 };
 
 /* A message as it came: fds that nobody takes are closed already. */

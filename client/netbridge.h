@@ -74,7 +74,8 @@ struct netbridge_piece {
     uint64_t dma_handle; /* leave it as it is */
     uint8_t *data;
     uint32_t len;   /* received: bytes here. Allocated: room; set it to the frame's bytes before sending */
-    uint16_t flags; /* received: enum netbridge_flags. To send: 0 */
+    uint8_t flags;  /* received: enum netbridge_flags. To send: 0 */
+    uint8_t queue;  /* the queue pair that a frame came from, or is to be sent on, below netbridge_queue_pairs */
     uint16_t reserved;
 };
 enum netbridge_flags { NETBRIDGE_MORE = 1, NETBRIDGE_CONTINUATION = 2 };
@@ -97,6 +98,8 @@ uint16_t netbridge_session(const struct netbridge *port);
 uint32_t netbridge_room(const struct netbridge *port);
 /* How many RX buffers this client may hold before frames are dropped. */
 uint32_t netbridge_rx_limit(const struct netbridge *port);
+/* How many queue pairs the device has. */
+uint32_t netbridge_queue_pairs(const struct netbridge *port);
 
 /* Reads what the driver has said: 0, or an error. Call it when netbridge_wait found NETBRIDGE_WAIT_CONTROL. */
 int netbridge_check(struct netbridge *port);
@@ -108,7 +111,7 @@ int netbridge_receive(struct netbridge *port, struct netbridge_piece *pieces, ui
 int netbridge_release(struct netbridge *port, const struct netbridge_piece *pieces, uint32_t count);
 /* Up to `most` buffers to write frames into: how many, or an error. */
 int netbridge_allocate(struct netbridge *port, struct netbridge_piece *pieces, uint32_t most);
-/* Sends allocated buffers, `len` bytes of each, 14 to netbridge_room: 0, or an error. */
+/* Sends allocated buffers, a frame in each, `len` bytes of it, 14 to netbridge_room: 0, or an error. */
 int netbridge_send(struct netbridge *port, const struct netbridge_piece *pieces, uint32_t count);
 /* Wakes the driver if it sleeps. Call it once after a burst of release and send. */
 void netbridge_flush(struct netbridge *port);

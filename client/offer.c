@@ -19,6 +19,7 @@ enum {
     RING_HEADER_BYTES = sizeof(struct nb_ring_header),
     STRIDE_ALIGNMENT = 64,
     MOST_STRIDE = 1 << 20,
+    MOST_PAIRS = 256,
     LEAST_ROOM = 60,
     READ_ONLY = 1,
     MOST_PAIRS = 256,
@@ -126,6 +127,20 @@ static int check_regions(struct netbridge *port, const struct offer *offer)
     return 0;
 }
 
+/* How long a sent frame may be, and of how many buffers; this library sends those of one. After check_regions. */
+static int check_longest_frame(struct netbridge *port, const struct offer *offer)
+{
+    const struct region *tx = &offer->regions[1];
+    uint32_t room = tx->stride - offer->headroom;
+    uint32_t most = tx->buffers < NB_MOST_PIECES ? tx->buffers : NB_MOST_PIECES;
+    if (offer->tx_pieces == 0 || offer->tx_pieces > most)
+        REFUSE("tx_pieces %u is not between 1 and %u", offer->tx_pieces, most);
+    if (offer->tx_largest < room || offer->tx_largest > (uint64_t)room * offer->tx_pieces)
+        REFUSE("tx_largest %u is not between %u and what %u buffers of that hold", offer->tx_largest, room,
+               offer->tx_pieces);
+    return 0;
+}
+
 /* Memory that could shrink would end its reader with SIGBUS: seals first, then the size. */
 static int check_memfd(struct netbridge *port, int fd, uint64_t size, const char *name)
 {
@@ -175,7 +190,8 @@ int take_offer(struct netbridge *port, const struct message *welcome)
         return broken(port, NETBRIDGE_REASON_MALFORMED, "WELCOME with a session, queue pairs or facts that may not be");
     if (offer.offloads != 0)
         return broken(port, NETBRIDGE_REASON_MALFORMED, "WELCOME with offloads that were not asked for");
-    if ((error = check_regions(port, &offer)) || (error = check_rings(port, &offer)))
+    if ((error = check_regions(port, &offer)) || (error = check_longest_frame(port, &offer)) ||
+        (error = check_rings(port, &offer)))
         return error;
     const uint64_t sizes[] = {offer.rings_size, offer.regions[0].size, offer.regions[1].size};
     for (int i = 0; i < 3; i++)
@@ -200,6 +216,9 @@ int take_offer(struct netbridge *port, const struct message *welcome)
     native->tx_stride = offer.regions[1].stride;
     native->headroom = offer.headroom;
     native->continuation_offset = offer.continuation_offset;
+    native->tx_largest_frame = offer.tx_largest;
+    native->tx_max_pieces = offer.tx_pieces;
+    native->queue_pairs = offer.queue_pairs;
     native->client_doorbell_fd = port->fds[CLIENT_DOORBELL_FD];
     native->driver_doorbell_fd = port->fds[DRIVER_DOORBELL_FD];
     native->tx_largest_frame = offer.tx_largest;

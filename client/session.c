@@ -23,6 +23,7 @@ SAME(dma_handle);
 SAME(data);
 SAME(len);
 SAME(flags);
+SAME(queue);
 _Static_assert(sizeof(struct netbridge_piece) == sizeof(struct nb_piece), "one layout");
 _Static_assert((int)NETBRIDGE_MORE == NB_MORE && (int)NETBRIDGE_CONTINUATION == NB_CONTINUATION, "the same flags");
 _Static_assert((int)NETBRIDGE_WAIT_RECEIVE == NB_WAIT_RECEIVE && (int)NETBRIDGE_WAIT_ALLOCATE == NB_WAIT_ALLOCATE &&
@@ -191,6 +192,8 @@ const struct netbridge_facts *netbridge_facts(const struct netbridge *port) { re
 uint16_t netbridge_session(const struct netbridge *port) { return port->session; }
 uint32_t netbridge_room(const struct netbridge *port) { return port->native.tx_stride - port->native.headroom; }
 uint32_t netbridge_rx_limit(const struct netbridge *port) { return port->rx_limit; }
+
+uint32_t netbridge_queue_pairs(const struct netbridge *port) { return port->native.queue_pairs; }
 int netbridge_fd(const struct netbridge *port) { return port->poll_fd; }
 
 int netbridge_check(struct netbridge *port)
@@ -228,10 +231,7 @@ int netbridge_receive(struct netbridge *port, struct netbridge_piece *pieces, ui
         uint8_t *here = &port->rx_here[index_of(pieces[i].dma_handle)];
         if (*here)
             return broken(port, NETBRIDGE_REASON_RING_FAULT, "an RX buffer came twice");
-        if ((bool)(pieces[i].flags & NETBRIDGE_CONTINUATION) != port->in_frame)
-            return broken(port, NETBRIDGE_REASON_RING_FAULT, "a frame's pieces are out of order");
         *here = true;
-        port->in_frame = pieces[i].flags & NETBRIDGE_MORE;
     }
     return count;
 }
@@ -286,8 +286,9 @@ int netbridge_send(struct netbridge *port, const struct netbridge_piece *pieces,
     if (ended(port))
         return ended(port);
     for (uint32_t i = 0; i < count; i++)
-        if (pieces[i].len < LEAST_FRAME || pieces[i].len > netbridge_room(port) || pieces[i].flags)
-            return misuse(port, "send: a piece with flags, or whose length is no frame's");
+        if (pieces[i].len < LEAST_FRAME || pieces[i].len > netbridge_room(port) || pieces[i].flags ||
+            pieces[i].queue >= port->native.queue_pairs)
+            return misuse(port, "send: a piece with flags, of no queue pair, or whose length is no frame's");
     if (!take_away(port->tx_here, port->native.tx_count, NB_REGION_TX, pieces, count))
         return misuse(port, "send: a buffer that is not held, or is there twice");
     nb_client_send(&port->native, (const struct nb_piece *)pieces, count);

@@ -466,8 +466,8 @@ RX, TX_ACK = FakeRings.RX_PACKET, FakeRings.TX_PACKET_ACK
         ([(1, 0, STRIDE - HEADROOM + 1, RX, 0)], "an entry in rx_active"),
         ([(1, 0, 0xFFFFFFFF, RX, 0)], "an entry in rx_active"),
         ([(1, 0, 60, TX_ACK, 0)], "an entry in rx_active"),
-        ([(1, 0, 60, RX, 2)], "a frame's pieces are out of order"),
-        ([(1, 0, 60, RX, 1), (1, 1, 60, RX, 0)], "a frame's pieces are out of order"),
+        ([(1, 0, 60, RX, 2)], "an entry in rx_active"),
+        ([(1, 0, 60, RX, 1), (1, 1, 60, RX, 0)], "an entry in rx_active"),
     ],
 )
 def test_entries_that_may_not_be(

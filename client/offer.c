@@ -19,7 +19,6 @@ enum {
     RING_HEADER_BYTES = sizeof(struct nb_ring_header),
     STRIDE_ALIGNMENT = 64,
     MOST_STRIDE = 1 << 20,
-    MOST_PAIRS = 256,
     LEAST_ROOM = 60,
     READ_ONLY = 1,
     MOST_PAIRS = 256,
@@ -118,12 +117,6 @@ static int check_regions(struct netbridge *port, const struct offer *offer)
         REFUSE("tx region is read-only: a client could not write the frames it sends");
     if (offer->rx_limit == 0 || offer->rx_limit > offer->regions[0].buffers)
         REFUSE("rx_limit %u is not between 1 and the %u RX buffers", offer->rx_limit, offer->regions[0].buffers);
-    uint32_t most_pieces = offer->regions[1].buffers < NB_MOST_PIECES ? offer->regions[1].buffers : NB_MOST_PIECES;
-    if (offer->tx_pieces == 0 || offer->tx_pieces > most_pieces)
-        REFUSE("tx_pieces %u is not between 1 and %u", offer->tx_pieces, most_pieces);
-    uint64_t room = offer->regions[1].stride - offer->headroom;
-    if (offer->tx_largest < room || offer->tx_largest > room * offer->tx_pieces)
-        REFUSE("tx_largest %u is not between what one buffer and what %u buffers hold", offer->tx_largest, offer->tx_pieces);
     return 0;
 }
 
@@ -216,9 +209,6 @@ int take_offer(struct netbridge *port, const struct message *welcome)
     native->tx_stride = offer.regions[1].stride;
     native->headroom = offer.headroom;
     native->continuation_offset = offer.continuation_offset;
-    native->tx_largest_frame = offer.tx_largest;
-    native->tx_max_pieces = offer.tx_pieces;
-    native->queue_pairs = offer.queue_pairs;
     native->client_doorbell_fd = port->fds[CLIENT_DOORBELL_FD];
     native->driver_doorbell_fd = port->fds[DRIVER_DOORBELL_FD];
     native->tx_largest_frame = offer.tx_largest;

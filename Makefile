@@ -108,10 +108,10 @@ $(BENCH_SETUP): $(SETUP)
 
 .PHONY: bench-quick
 bench: $(BENCH_SETUP) | host-dpdk ## beside its peers, in turns: a table and pictures in build/bench
-	$(PY) -m tests.bench $(ARGS)
+	ACCEL=$(ACCEL) $(PY) -m tests.bench $(ARGS)
 
 bench-quick: $(BENCH_SETUP) | host-dpdk ## the same with fewer metrics and rounds
-	$(PY) -m tests.bench --quick $(ARGS)
+	ACCEL=$(ACCEL) $(PY) -m tests.bench --quick $(ARGS)
 
 faults: $(SETUP) ## what may go wrong, at every moment: kills, unplugs, links, clocks, and the exact account afterwards
 	$(PYTEST) tests/faults -n 2 --junitxml=build/tests/faults.xml --accel $(ACCEL) $(ARGS)

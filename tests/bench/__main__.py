@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import importlib.util
 import json
 import sys
 import time
@@ -20,15 +19,16 @@ from tests.bench import machine, report
 from tests.bench.contest import LEAST_ROUNDS, Contest, Row, Series, Unavailable
 from tests.bench.native import CompilationFailed
 
-BENCHES = ("vhost", "port", "guest", "tcp", "cost", "harness")
+BENCHES = ("vhost", "port", "guest")
 """Modules of this package. Each has `SUMMARY`, a line, and `contests(quick)`, which yields contests one by one,
 may keep a guest or a peer running between them, and raises Unavailable where it cannot go on."""
+QUICK = ("vhost", "port")  # a guest takes minutes
 QUICK_ROUNDS = 5
 ROUNDS = 9
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    known = {name: module for name in BENCHES if (module := _module(name)) is not None}
+    known = {name: importlib.import_module(f"{__package__}.{name}") for name in BENCHES}
     listing = "\n".join(f"  {name:<8} {module.SUMMARY}" for name, module in known.items())
     parser = argparse.ArgumentParser(
         prog="make bench",
@@ -36,7 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         epilog=f"benches:\n{listing}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("benches", nargs="*", metavar="BENCH", help="which (default: all)")
+    parser.add_argument(
+        "benches", nargs="*", metavar="BENCH", help=f"which (default: all; with --quick {' and '.join(QUICK)})"
+    )
     parser.add_argument("--quick", action="store_true", help="fewer metrics and rounds: two minutes in all")
     parser.add_argument("--rounds", type=int, help=f"default {ROUNDS}, or {QUICK_ROUNDS} with --quick")
     parser.add_argument("--json", action="store_true", help="print this run's rows instead of the table")
@@ -54,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     missing: list[str] = []
     failed: list[str] = []
     try:
-        for name in options.benches or known:
+        for name in options.benches or (QUICK if options.quick else BENCHES):
             try:
                 for contest in known[name].contests(options.quick):
                     rows += _run(contest, rounds)
@@ -72,11 +74,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for line in missing:
         print(f"bench: not measured: {line}", file=sys.stderr)
     return 1 if failed else 3 if missing else 0
-
-
-def _module(name: str):  # type: ignore[no-untyped-def]
-    full = f"{__package__}.{name}"
-    return importlib.import_module(full) if importlib.util.find_spec(full) else None
 
 
 def _run(contest: Contest | Series, rounds: int) -> list[Row]:

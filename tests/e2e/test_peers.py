@@ -23,6 +23,7 @@ def interface(guest: Guest, address: str) -> str:
     return name
 
 
+@pytest.mark.thorough
 @pytest.mark.needs_root
 def test_the_host_s_kernel_as_peer_with_two_queue_pairs_and_offloads(guests: Session, artefacts: Path) -> None:
     with Tap("10.9.8.2/24", queues=2) as tap:

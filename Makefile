@@ -32,6 +32,16 @@ $(SETUP): pyproject.toml setup.py $(C_SOURCES) | host-packages
 	$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@touch $@
 
+# What only one target needs is not among host-packages: $(call install-for,TARGET,PROGRAM,PACKAGES)
+define install-for
+@command -v $(2) >/dev/null && exit 0; \
+	install="apt-get install --yes --no-install-recommends $(3)"; \
+	if [ "$$(id -u)" -ne 0 ] || ! command -v apt-get >/dev/null; then \
+		echo "$(1): $(2) is missing. Run this, then try again:" >&2; echo "    sudo $$install" >&2; exit 1; \
+	fi; \
+	apt-get update --quiet=2 && DEBIAN_FRONTEND=noninteractive $$install
+endef
+
 .PHONY: host-packages
 host-packages:
 	@qemu/host-packages
@@ -52,15 +62,9 @@ thorough: test sandbox-test vfio-test faults ## all tests there are but the mode
 model: | host-spin ## model-check wake-ups, memory ordering and ownership; every mutant must fail
 	nice $(PYTHON) -m tests.model $(ARGS)
 
-# No other target needs Spin, so it is not among host-packages.
 .PHONY: model host-spin
 host-spin: | host-packages
-	@command -v spin >/dev/null && exit 0; \
-	install="apt-get install --yes --no-install-recommends spin"; \
-	if [ "$$(id -u)" -ne 0 ] || ! command -v apt-get >/dev/null; then \
-		echo "model: spin is missing. Run this, then try again:" >&2; echo "    sudo $$install" >&2; exit 1; \
-	fi; \
-	apt-get update --quiet=2 && DEBIAN_FRONTEND=noninteractive $$install
+	$(call install-for,model,spin,spin)
 
 # The VFIO tests need other devices, more memory and more time than the rest, so they have a guest and a target of their own.
 VFIO_TESTS := tests/guest/test_vfio_selftests.py tests/guest/test_vfio_device.py
@@ -133,15 +137,9 @@ FUZZ_SECONDS ?= 60
 fuzz: $(SETUP) | host-clang ## fuzz the C core with all that a device can write: FUZZ_SECONDS=60, ARGS=--keep
 	nice $(PY) -m tests.unit.core.fuzz --seconds $(FUZZ_SECONDS) $(ARGS)
 
-# No other target needs clang, so it is not among host-packages.
 .PHONY: fuzz host-clang
 host-clang: | host-packages
-	@command -v clang >/dev/null && exit 0; \
-	install="apt-get install --yes --no-install-recommends clang libclang-rt-dev"; \
-	if [ "$$(id -u)" -ne 0 ] || ! command -v apt-get >/dev/null; then \
-		echo "fuzz: clang is missing. Run this, then try again:" >&2; echo "    sudo $$install" >&2; exit 1; \
-	fi; \
-	apt-get update --quiet=2 && DEBIAN_FRONTEND=noninteractive $$install
+	$(call install-for,fuzz,clang,clang libclang-rt-dev)
 
 lint: $(SETUP) ## ruff, mypy, and the C core under -Wall -Wextra -Werror
 	$(VENV)/bin/ruff check

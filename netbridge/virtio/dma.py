@@ -11,9 +11,21 @@ import vfio
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Protocol
 else:
     Protocol = object
+
+
+class Mapping(Protocol):
+    """What makes memory known to a device."""
+
+    @property
+    def iova(self) -> int:
+        """Where the device sees it."""
+
+    def close(self) -> None:
+        """Take it away from the device. Doing it twice is harmless."""
 
 
 class DmaBlock(Protocol):
@@ -53,17 +65,20 @@ class VfioDma:
 
     def allocate(self, size: int) -> DmaBlock:
         """Raises vfio.VfioError when there is no memory, no room, or too little that may be locked."""
-        return _VfioBlock(self._iommu, size)
-
-
-class _VfioBlock:
-    def __init__(self, iommu: vfio.Iommu, size: int) -> None:
         # Anonymous: there is no file descriptor by which it could reach another process, and no fork inherits it.
-        self._memory = vfio.Memory.anonymous(size)
+        return MappedBlock(vfio.Memory.anonymous(size), self._iommu.map)
+
+
+class MappedBlock:
+    """A DmaBlock of `memory`, which it owns from here on. `map_` makes it known to the device; when it raises, so does
+    this, and the memory is freed."""
+
+    def __init__(self, memory: vfio.Memory, map_: Callable[[vfio.Memory], Mapping]) -> None:
+        self._memory = memory
         try:
-            self._mapping = iommu.map(self._memory)
+            self._mapping = map_(memory)
         except BaseException:
-            self._memory.close()
+            memory.close()
             raise
         self.address = self._memory.address
         self.iova = self._mapping.iova

@@ -13,7 +13,7 @@ import mmap
 from collections.abc import Callable
 
 import vfio
-from netbridge.virtio.dma import DmaBlock
+from netbridge.virtio.dma import DmaBlock, MappedBlock
 from netbridge.virtio.errors import Gone
 from netbridge.virtio.vhost_user.messages import MOST_REGIONS, Region
 
@@ -96,22 +96,4 @@ class VhostDma:
         self._memory = memory
 
     def allocate(self, size: int) -> DmaBlock:
-        return _Block(self._memory, size)
-
-
-class _Block:
-    def __init__(self, owner: VhostMemory, size: int) -> None:
-        self._memory = vfio.Memory.memfd(size, name="netbridge-queues")
-        try:
-            self._mapping = owner.map(self._memory)
-        except BaseException:
-            self._memory.close()
-            raise
-        self.address = self._memory.address
-        self.iova = self._mapping.iova
-        self.size = self._memory.size
-        self.view = self._memory.view
-
-    def close(self) -> None:
-        self._mapping.close()
-        self._memory.close()
+        return MappedBlock(vfio.Memory.memfd(size, name="netbridge-queues"), self._memory.map)

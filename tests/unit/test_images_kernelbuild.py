@@ -19,7 +19,7 @@ from tests.unit.images_fakes import package
 ROOT = Path(__file__).parents[2]
 RELEASE = "6.99-test"
 
-# It knows CONFIG_PCI and CONFIG_PVH, and no other option.
+# It knows CONFIG_PCI and CONFIG_PVH, and no other option. Its modules wait for the image, so that one line is the first.
 MAKEFILE = """
 allnoconfig:
 \t@test -z "$$KERNEL" || { echo "KERNEL is for another make"; exit 1; }
@@ -28,7 +28,7 @@ bzImage:
 \t@echo "  CC      kernel/fork.o"
 \t@mkdir -p arch/x86/boot && echo kernel >arch/x86/boot/bzImage
 \t@$(COMPILE)
-modules:
+modules: bzImage
 \t@echo "  LD [M]  drivers/net/tun.ko"
 modules_install:
 \t@mkdir -p $(INSTALL_MOD_PATH)/lib/modules/6.99-test

@@ -28,13 +28,12 @@ SEED = int(os.environ.get("SOAK_SEED", "0")) or random.SystemRandom().randrange(
 
 LIAR = """
 from netbridge.client import PortError, Reason, connect
-from netbridge.datapath._core import lib
+from netbridge.datapath._core import ffi, lib
 port = connect(wait=60, name="liar")
 buffer = port.allocate(1, timeout=10)[0]
 buffer.length = 60
-port._pieces[0].dma_handle = buffer._piece[0] ^ %d
-port._pieces[0].len = 60
-lib.nb_client_send(port.native, port._pieces, 1)
+piece = ffi.new("struct nb_piece *", {"dma_handle": buffer._piece[0] ^ %d, "len": 60})
+lib.nb_client_send(port.native, piece, 1)
 lib.nb_client_flush(port.native)
 try:
     while True:

@@ -16,6 +16,7 @@ import os
 import select
 from enum import Enum
 
+from netbridge import device_state
 from netbridge.datapath._core import lib
 from netbridge.errors import DeviceError, NetbridgeError
 from netbridge.ipc.errors import Reason
@@ -217,6 +218,7 @@ class Bridge:
         was_serving = self._phase is not Phase.PREPARED
         self._enter(Phase.IDLE)
         buffers = session.stop_pump()
+        device_state.withdraw(self._counters)
         try:
             self._net.reset()
         finally:
@@ -338,6 +340,7 @@ class Bridge:
         self._link_state = link._replace(announce=False)
         facts = self._net.facts
         mac = self._station.mac if self._station is not None else facts.mac
+        device_state.publish(self._counters, self._net, link, mac)
         self._server.update(Facts(mac, facts.mtu, link.up, link.speed_mbps, link.announce))
 
     # ---- A device that fails --------------------------------------------------------------------------------------

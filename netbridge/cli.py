@@ -73,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_run(verbs.add_parser("run", help="claim the manifest's function and serve its port until stopped"))
     _add_check(verbs.add_parser("check", help="check a manifest and show what it grants"))
     _add_stats(verbs.add_parser("stats", help="show the counters of a running driver"))
+    _add_features(verbs.add_parser("features", help="show what a running driver and its device have agreed on"))
     _add_top(verbs.add_parser("top", help="show what a running driver does, refreshed"))
     _add_exporter(verbs.add_parser("exporter", help="export a running driver's counters to Prometheus"))
     _add_capture(verbs.add_parser("capture", help="take the port and write its frames to a pcapng file"))
@@ -134,7 +135,10 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         help="reset a device that has frames to send and sends none for so long; 0: never (default: %(default)s)",
     )
     parser.add_argument(
-        "--without", metavar="FEATURE", action="append", help="do not use a virtio feature, such as MRG_RXBUF"
+        "--without",
+        metavar="FEATURE",
+        action="append",
+        help="do not use a virtio feature, such as MRG_RXBUF; may be repeated, and adds to those of the manifest",
     )
     parser.add_argument(
         "--interface", choices=("auto", "group", "iommufd"), help="which VFIO interface (default: %(default)s)"
@@ -323,6 +327,33 @@ def _stats(options: argparse.Namespace) -> int:
             print(f"{name:<26} " + "  ".join(f"{label} {number}" for label, number in value.items() if number))
         else:
             print(f"{name:<26} 0")
+    return ExitCode.OK
+
+
+def _add_features(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Shows what the device of a running driver offers, what the driver wants of it, what both have agreed on, and "
+        "why not the rest; from the counters page, without disturbing the driver and without special rights. Turn a "
+        "feature off with `netbridge run --without FEATURE`, or with device.without in the manifest."
+    )
+    _add_counters(parser)
+    parser.add_argument("--json", action="store_true", help="as one JSON object")
+    parser.add_argument(
+        "--known", action="store_true", help="show which features this driver knows and wants; needs no running driver"
+    )
+    parser.set_defaults(verb=_features)
+
+
+def _features(options: argparse.Namespace) -> int:
+    if options.known:
+        from netbridge.virtio import features
+
+        print(json.dumps(features.known_as_dict()) if options.json else features.known_table())
+        return ExitCode.OK
+    from netbridge import device_state
+
+    state = device_state.read(options.counters)
+    print(json.dumps(state.as_dict()) if options.json else state)
     return ExitCode.OK
 
 

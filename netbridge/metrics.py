@@ -161,7 +161,7 @@ def as_dict(counters: Any) -> dict[str, Any]:
     data: dict[str, Any] = {}
     for name, field in ffi.typeof("struct nb_counters").fields:
         value = getattr(counters, name)
-        if name in ("magic", "size", "exported"):
+        if name in ("magic", "size", "exported", "device"):
             continue
         if name in _LABELS:
             data[name] = {label: int(value[i]) for i, label in enumerate(_LABELS[name])}

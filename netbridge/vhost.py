@@ -63,7 +63,7 @@ def run(manifest: Manifest, options: Options, log: Log, warn: Callable[[str], No
     granted = manifest.capabilities
     granted.require(NETWORK, "opening a network device")
     granted.require_dma(options.settings.dma_bytes + QUEUE_MEMORY, "the frame buffers and the virtqueues")
-    wanted = features.select(options.without_features)
+    wanted = features.select([*manifest.without, *options.without_features])
     warn(
         f"--vhost-user: the device is the back-end at {options.path}; {manifest.name}'s CAP_HARDWARE_IO_PCI and "
         "CAP_IRQ_REGISTER are not used, and the driver is not confined: for development only"

@@ -15,7 +15,7 @@ from vfio._record import NamedTuple
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from netbridge.virtio.features import Negotiation
+    from netbridge.virtio.negotiation import Negotiation
 
 HEADER_BYTES = 12  # struct virtio_net_hdr with num_buffers, as VERSION_1 always has it (§5.1.6)
 ETHERNET_HEADER_BYTES = 14
@@ -25,13 +25,14 @@ LONGEST_UNCUT = 65550  # a frame whose payload is a whole IP packet of 65,535 by
 LARGEST_PAIRS = 0x8000  # §5.1.4.1
 LINK_UP, ANNOUNCE = 1, 2  # VIRTIO_NET_S_LINK_UP, VIRTIO_NET_S_ANNOUNCE
 LEAST_KEY, LEAST_TABLE = 40, 128  # of receive-side scaling (§5.1.4.1)
-FASTEST, UNKNOWN_SPEED = 0x7FFFFFFF, 0xFFFFFFFF  # §5.1.4.1
+FASTEST, UNKNOWN_SPEED, UNKNOWN_DUPLEX = 0x7FFFFFFF, 0xFFFFFFFF, 0xFF  # §5.1.4.1
 
 MAC_FIELD = ConfigField("mac", 0, 1, 6)
 STATUS_FIELD = ConfigField("status", 6, 2)
 PAIRS_FIELD = ConfigField("max_virtqueue_pairs", 8, 2)
 MTU_FIELD = ConfigField("mtu", 10, 2)
 SPEED_FIELD = ConfigField("speed", 12, 4)
+DUPLEX_FIELD = ConfigField("duplex", 16, 1)
 KEY_FIELD = ConfigField("rss_max_key_size", 17, 1)
 TABLE_FIELD = ConfigField("rss_max_indirection_table_length", 18, 2)
 HASHES_FIELD = ConfigField("supported_hash_types", 20, 4)
@@ -42,6 +43,7 @@ class LinkState(NamedTuple):
 
     up: bool = True  # also where the device does not tell (§5.1.4.2)
     speed_mbps: int = 0  # 0: not known
+    duplex: int = UNKNOWN_DUPLEX  # 0: half, 1: full, else not known
     announce: bool = False  # the driver is to announce itself, and to say that it has seen this (§5.1.6.5.4)
 
 
@@ -130,7 +132,7 @@ def _link_fields(agreed: Negotiation) -> list[ConfigField]:
     if agreed.has(features.STATUS):
         fields.append(STATUS_FIELD)
     if agreed.has(features.SPEED_DUPLEX):
-        fields.append(SPEED_FIELD)
+        fields += [SPEED_FIELD, DUPLEX_FIELD]
     return fields
 
 
@@ -142,8 +144,12 @@ def _link(name: str, values: dict[str, tuple[int, ...]]) -> LinkState:
             f"{name}: its speed is {speed:#x}, neither a number of Mbit/s nor {UNKNOWN_SPEED:#x} for not known; turn "
             "off SPEED_DUPLEX to work without it"
         )
+    (duplex,) = values.get("duplex", (UNKNOWN_DUPLEX,))
     return LinkState(
-        up=bool(status & LINK_UP), speed_mbps=0 if speed == UNKNOWN_SPEED else speed, announce=bool(status & ANNOUNCE)
+        up=bool(status & LINK_UP),
+        speed_mbps=0 if speed == UNKNOWN_SPEED else speed,
+        duplex=duplex,
+        announce=bool(status & ANNOUNCE),
     )
 
 

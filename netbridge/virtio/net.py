@@ -31,8 +31,9 @@ from netbridge.virtio.facts import (
     read_facts,
     read_link,
 )
-from netbridge.virtio.features import Feature, Negotiation
+from netbridge.virtio.features import Feature
 from netbridge.virtio.interrupts import CONFIG_VECTOR, InterruptMode, Interrupts, Wiring
+from netbridge.virtio.negotiation import Negotiation, negotiate
 from netbridge.virtio.queues import LARGEST_QUEUE, QueuePair, QueuePlan, QueueSet, VirtQueue
 from netbridge.virtio.states import State, check_move
 from netbridge.virtio.transport import (
@@ -93,8 +94,8 @@ class NetDevice:
         self.name = transport.name
         self.state = State.FOUND
         self._transport = transport
-        # Steering frames to one pair means nothing.
-        single = () if most_pairs > 1 else (features.MQ, features.RSS)
+        self._turned_off = tuple(item for item in features.SUPPORTED if item not in wanted)
+        single = () if most_pairs > 1 else features.STEERING
         self._wanted = tuple(item for item in wanted if item not in single)
         self._most_pairs = most_pairs
         self._required = tuple(required)
@@ -160,9 +161,7 @@ class NetDevice:
 
     def offloads_for(self, asked: int) -> int:
         """What `configure` with these offloads would agree on, going by what the device offered last time."""
-        offered = self.negotiation.offered
-        outcome = features.negotiate(offered, self._wanted_with(asked), self._required, device=self.name)
-        return outcome.agreed & features.OFFLOAD_MASK
+        return self._negotiate(self.negotiation.offered, asked).agreed & features.OFFLOAD_MASK
 
     @property
     def isr_address(self) -> int:
@@ -300,12 +299,12 @@ class NetDevice:
 
     # ---- The steps ------------------------------------------------------------------------------------------------
 
-    def _wanted_with(self, offloads: int) -> list[Feature]:
-        return [item for item in self._wanted if not item.mask & features.OFFLOAD_MASK & ~offloads]
+    def _negotiate(self, offered: int, offloads: int) -> Negotiation:
+        wanted = [item for item in self._wanted if not item.mask & features.OFFLOAD_MASK & ~offloads]
+        return negotiate(offered, wanted, self._required, turned_off=self._turned_off, device=self.name)
 
     def _agree_on_features(self, offloads: int) -> None:
-        offered = self._transport.read_device_features()
-        self._negotiation = features.negotiate(offered, self._wanted_with(offloads), self._required, device=self.name)
+        self._negotiation = self._negotiate(self._transport.read_device_features(), offloads)
         self._transport.write_driver_features(self._negotiation.agreed)
 
     def _require_features_ok(self) -> None:

@@ -10,8 +10,8 @@ from netbridge.datapath._core import ffi, lib
 from netbridge.virtio import features
 from netbridge.virtio.dma import DmaAllocator, DmaBlock, Piece, Pieces, whole_pages
 from netbridge.virtio.errors import Misbehaved, QueueUnusable
-from netbridge.virtio.features import Negotiation
 from netbridge.virtio.interrupts import require_vector
+from netbridge.virtio.negotiation import Negotiation
 from netbridge.virtio.transport import QueueSetup, Transport
 from vfio._record import NamedTuple
 

@@ -63,6 +63,7 @@ def summary(manifest: Manifest) -> str:
         f"  {'memory':{name_width}}  {manifest.required_mem_mb} MiB, DMA pool included",
         f"  {'CPU':{name_width}}  {manifest.max_cpu_share * 100:g} % of one CPU",
         f"  {'file system':{name_width}}  {_mounts(manifest)}",
+        f"  {'features off':{name_width}}  {', '.join(manifest.without) or 'none'}",
         f"  {'metrics':{name_width}}  {', '.join(manifest.metrics) or 'none'}",
     ]
     return "\n".join(lines)

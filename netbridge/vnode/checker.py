@@ -215,7 +215,9 @@ def _scalar(shape: Text | Choice | Whole | Fraction, node: Node, path: str, prob
             value = _whole(shape, node)
         case Fraction():
             value = _fraction(node)
-    if value is ABSENT:
+    if isinstance(shape, Choice) and node.kind == "str" and node.text in shape.never:
+        problems.add(node.place, path, f"{node.text}: {shape.never[node.text]}")
+    elif value is ABSENT:
         suggestion = nearest(node.text, shape.words) if isinstance(shape, Choice) else None
         problems.add(node.place, path, f"it is {_describe(node)}", _hint(shape, node), suggestion)
     return value

@@ -66,6 +66,7 @@ def _manifest(values: dict[str, Any], line: int, file: str) -> Manifest:
             for item in values["storage"]["mounts"]
         ),
         metrics=tuple(values["observability"]["metrics"]),
+        without=tuple(values["device"]["without"]),
         path=file,
     )
 

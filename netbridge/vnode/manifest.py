@@ -36,6 +36,7 @@ class Manifest(NamedTuple):
     capabilities: Capabilities
     mounts: tuple[Mount, ...]
     metrics: tuple[str, ...]
+    without: tuple[str, ...]  # virtio features that are not used, by name
     path: str  # the file this was read from
 
     @classmethod
@@ -78,6 +79,7 @@ class Manifest(NamedTuple):
             "capabilities": self.capabilities.as_dict(),
             "mounts": [mount._asdict() for mount in self.mounts],
             "metrics": list(self.metrics),
+            "without": list(self.without),
         }
 
     @classmethod
@@ -89,5 +91,6 @@ class Manifest(NamedTuple):
                 "capabilities": Capabilities.from_dict(data["capabilities"]),
                 "mounts": tuple(Mount(**mount) for mount in data["mounts"]),
                 "metrics": tuple(data["metrics"]),
+                "without": tuple(data["without"]),
             }
         )

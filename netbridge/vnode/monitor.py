@@ -33,7 +33,7 @@ import _cffi_backend
 
 import netbridge
 import vfio
-from netbridge import metrics
+from netbridge import device_state, metrics
 from netbridge.bridge import Stop
 from netbridge.errors import ExitCode, NetbridgeError, SandboxError, UsageError
 from netbridge.ipc.listener import PortListener
@@ -110,7 +110,7 @@ def run(manifest: Manifest, options: Options, log: Log, warn: Callable[[str], No
     """
     granted = manifest.capabilities
     address = check_grants(granted, options)
-    features.select(options.without_features)
+    features.select(turned_off(manifest, options))
     driver_command(manifest)
     identity = driver_identity(options.driver_user, options.service_uids, f"{manifest.name} {address}")
     strict = manifest.mode == "strict"
@@ -179,6 +179,11 @@ def check_grants(granted: Capabilities, options: Options) -> vfio.PciAddress:
         granted.require_msix(MSIX_VECTORS, "one interrupt vector each for configuration, receive and transmit")
     granted.require_dma(options.settings.dma_bytes + QUEUE_MEMORY, "the frame buffers and the virtqueues")
     return granted.pci_function
+
+
+def turned_off(manifest: Manifest, options: Options) -> list[str]:
+    """Features not to be used, by name: the manifest's and the command line's."""
+    return [*manifest.without, *options.without_features]
 
 
 def check_irq(granted: Capabilities, device: vfio.Device) -> str:
@@ -372,6 +377,7 @@ class _Supervisor:
             why = self._judge(driver)
             if why is not None:
                 return why
+            device_state.withdraw(self._page.counters)
             pause = self._backoff.after(time.monotonic() - driver.began)
             self._log("driver_restarts", pause=f"{pause:.1f}", restarts=self.restarts + 1)
             if select.select([self._stopping], [], [], pause)[0]:
@@ -433,7 +439,7 @@ class _Supervisor:
             "interface": fds.interface,
             "ioas_id": fds.ioas_id,
             "irq": mode,
-            "without": list(options.without_features),
+            "without": turned_off(manifest, options),
             "service_uids": list(options.service_uids),
             "socket": options.socket_path,
             "settings": settings.as_dict(),

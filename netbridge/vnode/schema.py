@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Final
 
+from netbridge.virtio import features
 from netbridge.vnode import capabilities, metric_names
 from vfio.pci import PciAddress
 
@@ -33,9 +34,11 @@ class Text:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """One of a few words, each with its meaning."""
+    """One of a few words, each with its meaning. `never` are words that somebody may come up with, each with the reason
+    why it will not do."""
 
     words: Mapping[str, str]
+    never: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,6 +169,17 @@ MOUNT = Either(
     expected="an absolute path (read-only) or `{path: /..., access: rw}`",
 )
 
+FEATURE = Choice(
+    words={item.name: item.meaning for item in features.SUPPORTED if item not in features.REQUIRED},
+    never={
+        item.name: f"it is never on anyway: {item.refused}"
+        if item.refused
+        else "it cannot be turned off: the driver does not work without it"
+        for item in features.FEATURES
+        if item.refused or item in features.REQUIRED
+    },
+)
+
 MANIFEST: Final = Section(
     keys=(
         Key(
@@ -264,6 +278,21 @@ MANIFEST: Final = Section(
                         shape=Choice(words={"ro": "the service maps received frames read-only"}), required=False
                     ),
                 }
+            ),
+        ),
+        Key(
+            name="device",
+            means="how the device is used",
+            default={"without": []},
+            shape=Section(
+                keys=(
+                    Key(
+                        name="without",
+                        means="virtio features that are not used, even where the device offers them",
+                        default=[],
+                        shape=ListOf(item=FEATURE),
+                    ),
+                )
             ),
         ),
         Key(

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from netbridge import cli
+from netbridge.datapath._core import ffi
 from netbridge.errors import ExitCode
 from netbridge.metrics import CounterPage
+from netbridge.virtio import features
+from netbridge.virtio.features import select
+from netbridge.virtio.negotiation import negotiate
+from tests.unit.virtio_fakes import ALL_SUPPORTED, mask_of
 
 # No machine has this function: the domain is beyond what a host bridge uses.
 NOWHERE = "fffe:00:1f.0"
@@ -157,6 +163,72 @@ def test_stats_of_a_driver(command: Command) -> None:
         assert "irq_latency_ns.delivery" in command.stdout
     finally:
         page.close()
+
+
+def test_features_without_a_driver(command: Command) -> None:
+    assert command("features", "--counters", str(command.directory / "nothing")) == ExitCode.FAILURE
+    assert "is the driver running?" in command.stderr
+    assert command.stdout == ""
+
+
+def test_features_of_a_driver_that_has_no_device_yet(command: Command) -> None:
+    page = CounterPage(str(command.directory / "counters"))
+    try:
+        assert command("features", "--json", "--counters", page.path) == ExitCode.FAILURE
+    finally:
+        page.close()
+    assert "no configured device at this moment: it is starting, its device is away" in command.stderr
+    assert command.stdout == ""
+
+
+def test_features_of_a_driver(command: Command) -> None:
+    page = CounterPage(str(command.directory / "counters"))
+    device = page.counters.device
+    outcome = negotiate(ALL_SUPPORTED & ~mask_of("MTU"), select(["MRG_RXBUF"]), turned_off=[features.MRG_RXBUF])
+    device.features_wanted, device.features_agreed = outcome.wanted, outcome.agreed
+    device.features_turned_off, device.features_offered = outcome.turned_off, outcome.offered
+    device.mtu, device.queue_pairs, device.speed_mbps, device.duplex, device.link_up = 1500, 2, 10_000, 1, 1
+    ffi.buffer(device.mac)[:] = bytes.fromhex("525400123456")
+    try:
+        assert command("features", "--counters", page.path) == ExitCode.OK
+        lines = command.stdout.splitlines()
+        assert command("features", "--json", "--counters", page.path) == ExitCode.OK
+    finally:
+        page.close()
+    assert lines[0] == ("MAC 52:54:00:12:34:56, MTU 1500, 2 queue pairs, link up, 10,000 Mbit/s, full duplex")
+    assert lines[2].split()[:5] == ["bit", "feature", "offered", "wanted", "agreed"]
+    assert any(re.match(r"15 +MRG_RXBUF +yes +- +- +turned off", line) for line in lines)
+    told = json.loads(command.stdout)
+    assert (told["mac"], told["speed_mbps"], told["duplex"]) == ("52:54:00:12:34:56", 10_000, "full")
+    assert int(told["agreed"], 16) == outcome.agreed
+    rows = {row["name"]: row for row in told["features"]}
+    assert rows["MTU"]["note"] == "the device does not offer it"
+    assert rows["RING_PACKED"]["agreed"]
+
+
+def test_which_features_there_are_takes_no_driver(command: Command) -> None:
+    assert command("features", "--known") == ExitCode.OK
+    assert re.search(r"^15 +MRG_RXBUF +yes +a received frame", command.stdout, re.MULTILINE)
+    assert command("features", "--known", "--json") == ExitCode.OK
+    rows = {row["name"]: row for row in json.loads(command.stdout)}
+    assert rows["STANDBY"]["accepted"] == "never"
+    assert "never fails over" in rows["STANDBY"]["refused"]
+
+
+@pytest.mark.parametrize("listed", [(), ("MRG_RXBUF",)])
+def test_a_feature_that_cannot_be_turned_off_is_refused_before_anything_is_touched(
+    command: Command, listed: tuple[str, ...]
+) -> None:
+    command.manifest.write_text(MANIFEST + f"device:\n  without: [{', '.join(listed)}]\n")
+    assert command.run("--without", "VERSION_1") == ExitCode.USAGE
+    assert "VERSION_1 cannot be turned off" in command.stderr
+
+
+def test_a_feature_that_there_is_not_is_told_with_its_place(command: Command) -> None:
+    command.manifest.write_text(MANIFEST + "device:\n  without: [MTU, MRG_RXBUFS]\n")
+    assert command.run() == ExitCode.USAGE
+    assert f'{command.manifest}:15:18: device.without[1]: it is the text "MRG_RXBUFS"' in command.stderr
+    assert "did you mean MRG_RXBUF?" in command.stderr
 
 
 def test_restore_with_nothing_to_do(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:

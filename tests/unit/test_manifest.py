@@ -20,6 +20,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from netbridge.errors import CapabilityExceeded, CapabilityMissing, ExitCode, ManifestError
+from netbridge.virtio.features import REQUIRED, SUPPORTED, select
 from netbridge.vnode import capabilities as names
 from netbridge.vnode import check, document, json_schema, loading
 from netbridge.vnode.capabilities import KINDS, MIB, Capabilities, Intx, Msix
@@ -94,6 +95,7 @@ def test_example_says_what_is_printed() -> None:
         ),
         mounts=(),
         metrics=("packets_rx", "packets_tx", "irq_latency_ns"),
+        without=(),
         path=str(EXAMPLE),
     )
     assert isinstance(Manifest.find("net-bridge").capabilities.irq, Intx)
@@ -103,9 +105,9 @@ def test_example_says_what_is_printed() -> None:
 def test_what_is_left_out_has_the_documented_default() -> None:
     manifest = parse(BASE)
     assert (manifest.maintainer, manifest.mode, manifest.max_cpu_share) == ("", "strict", 1.0)
-    assert (manifest.mounts, manifest.metrics) == ((), ())
+    assert (manifest.mounts, manifest.metrics, manifest.without) == ((), (), ())
     assert manifest.entrypoint_path == "bin/net-bridge.vnode"
-    assert parse(BASE + "storage: {}\nobservability: {}\n") == manifest
+    assert parse(BASE + "storage: {}\nobservability: {}\ndevice: {}\n") == manifest
 
 
 def test_open_takes_a_name_or_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,6 +177,12 @@ def test_no_capabilities_at_all() -> None:
 def test_mounts() -> None:
     written = "storage:\n  mounts: [/a, {path: /b/c.d}, {path: /var/lib/x, access: rw}]\n"
     assert parse(BASE + written).mounts == (Mount("/a"), Mount("/b/c.d"), Mount("/var/lib/x", writable=True))
+
+
+@pytest.mark.parametrize("name", [item.name for item in SUPPORTED if item not in REQUIRED])
+def test_any_feature_but_the_required_can_be_turned_off(name: str) -> None:
+    assert parse(BASE + f"device:\n  without: [{name}]\n").without == (name,)
+    select(off=[name])
 
 
 @pytest.mark.parametrize("share", ["0.05", "1", "1.0", ".5", "5e-2"])
@@ -559,6 +567,7 @@ limits
   memory               16 MiB, DMA pool included
   CPU                  5 % of one CPU
   file system          nothing
+  features off         none
   metrics              packets_rx, packets_tx, irq_latency_ns
 """
     )

@@ -22,7 +22,8 @@ from netbridge.errors import UsageError
 from netbridge.ipc.errors import PortClosed, Reason
 from netbridge.ipc.offloads import ALL_OFFLOADS, NO_OFFLOADS, TX_OFFLOADS
 from netbridge.vhost import parse_mac
-from tests.unit.vhost_fakes import F_MRG_RXBUF, OFFERED, FakeBackEnd
+from netbridge.virtio.features import MAC, RING_PACKED
+from tests.unit.vhost_fakes import F_MRG_RXBUF, F_PROTOCOL_FEATURES, OFFERED, FakeBackEnd
 
 DEADLINE_S = 20.0
 EXAMPLE = Path(netbridge.__file__).parent / "vnode" / "net-bridge" / "vnode.yml"
@@ -99,6 +100,34 @@ def test_session_ends_with_the_back_end_and_the_next_begins_with_the_next(tmp_pa
     assert "Traceback" not in err
     assert json.loads(out)["sessions"] == 2
     assert sorted(path.name for path in tmp_path.iterdir()) == []
+
+
+def test_what_was_agreed_is_shown_while_there_is_a_device(tmp_path: Path) -> None:
+    """Features are turned off by the manifest and by the command line."""
+    manifest = tmp_path / "vnode.yml"
+    manifest.write_text(EXAMPLE.read_text() + "device:\n  without: [MRG_RXBUF]\n")
+    mac = "52:54:00:12:34:56"
+    with running(tmp_path, "--without", "ring_packed", "--mac", mac, manifest=str(manifest)) as run:
+        show = [sys.executable, "-m", "netbridge", "features", "--json", "--counters", f"{run.socket}.counters"]
+        with listening(tmp_path) as listener:
+            back_end = accept(listener, OFFERED | RING_PACKED.mask)
+            with run.connect() as port:
+                back_end.await_kick(DEADLINE_S)
+                told = json.loads(subprocess.run(show, check=True, capture_output=True, text=True).stdout)
+                back_end.die()
+                with pytest.raises(PortClosed):
+                    port.receive(timeout=DEADLINE_S)
+        # The session has ended, the device with it.
+        gone = subprocess.run(show, check=False, capture_output=True, text=True)
+        assert run.end()[0] == 0
+    assert (told["mac"], told["queue_pairs"], told["link_up"]) == (mac, 1, True)
+    # The MAC address is the front-end's part of the device, the protocol's own bit the back-end's.
+    assert int(told["agreed"], 16) == MAC.mask | back_end.features & ~F_PROTOCOL_FEATURES
+    rows = {row["name"]: row for row in told["features"]}
+    for name in ("MRG_RXBUF", "RING_PACKED"):
+        assert (rows[name]["offered"], rows[name]["agreed"], rows[name]["note"]) == (True, False, "turned off")
+    assert (gone.returncode, gone.stdout) == (1, "")
+    assert "no configured device at this moment" in gone.stderr
 
 
 def test_each_client_gets_the_offloads_that_it_can_take(tmp_path: Path) -> None:

@@ -317,6 +317,17 @@ def test_the_speed_is_told_where_it_is_known(make: Make, speed: int, told: int) 
     assert bench.net.facts.link.speed_mbps == told
 
 
+@pytest.mark.parametrize("duplex", [0, 1, 2, 0xFF])
+def test_the_duplex_mode_is_as_the_device_says(make: Make, duplex: int) -> None:
+    """Every value but 0 (half) and 1 (full) means that it is not known (virtio 1.3 §5.1.4.1), so none is wrong."""
+    bench = make(CONTROL | mask_of("SPEED_DUPLEX"), model=NetModel(duplex=duplex))
+    bench.net.configure()
+    assert bench.net.facts.link.duplex == duplex
+    without = make(CONTROL, model=NetModel(duplex=duplex))
+    without.net.configure()
+    assert without.net.facts.link.duplex == 0xFF
+
+
 def test_an_impossible_speed_is_refused(make: Make) -> None:
     bench = make(CONTROL | mask_of("SPEED_DUPLEX"), model=NetModel(speed=0x80000000))
     with pytest.raises(Misbehaved, match="its speed is 0x80000000"):

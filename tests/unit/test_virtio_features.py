@@ -8,7 +8,8 @@ import pytest
 from netbridge.errors import UsageError
 from netbridge.virtio import features
 from netbridge.virtio.errors import FeatureMissing
-from netbridge.virtio.features import FEATURES, REQUIRED, SUPPORTED, feature, negotiate, select
+from netbridge.virtio.features import FEATURES, REQUIRED, SUPPORTED, Feature, feature, select
+from netbridge.virtio.negotiation import negotiate
 from tests.unit.virtio_fakes import ALL_SUPPORTED, mask_of
 
 MODERN = mask_of("VERSION_1", "ACCESS_PLATFORM")
@@ -81,7 +82,7 @@ def test_bits_that_nobody_knows_are_listed_and_not_agreed() -> None:
 
 @pytest.mark.parametrize("name", [item.name for item in SUPPORTED if item not in REQUIRED])
 def test_any_feature_but_the_required_can_be_turned_off(name: str) -> None:
-    outcome = negotiate(ALL_SUPPORTED, select(off=[name]))
+    outcome = negotiate(ALL_SUPPORTED, select(off=[name]), turned_off=[feature(name)])
     gone = {name}
     while more := {item.name for item in FEATURES if any(gone >= set(group) for group in item.requires)} - gone:
         gone |= more
@@ -96,7 +97,7 @@ def test_a_required_feature_cannot_be_turned_off(name: str) -> None:
 
 
 def test_turning_off_what_is_never_on_is_a_mistake_worth_telling() -> None:
-    with pytest.raises(UsageError, match=r"ADMIN_VQ is never on: .* what can be turned off is .*MTU, MAC"):
+    with pytest.raises(UsageError, match=r"ADMIN_VQ is never on: it is for .*; what can be turned off is .*MTU, MAC"):
         select(off=["admin_vq"])
 
 
@@ -122,18 +123,39 @@ def test_standby_is_refused_when_offered_and_when_asked_for() -> None:
     assert not outcome.has(feature("STANDBY"))
     assert next(row.note for row in outcome.rows if row.name == "STANDBY").startswith("refused: ")
     with pytest.raises(UsageError, match="STANDBY cannot be asked for"):
-        negotiate(ALL_SUPPORTED, [feature("STANDBY")], supported=FEATURES)
+        negotiate(ALL_SUPPORTED, [feature("STANDBY")])
 
 
-def test_what_the_driver_does_not_implement_cannot_be_asked_for() -> None:
-    with pytest.raises(UsageError, match="ADMIN_VQ cannot be asked for: it is not implemented"):
-        negotiate(MODERN | feature("ADMIN_VQ").mask, [feature("ADMIN_VQ")])
+@pytest.mark.parametrize("item", [item for item in FEATURES if item not in SUPPORTED], ids=str)
+def test_what_is_never_accepted_says_why(item: Feature) -> None:
+    outcome = negotiate(MODERN | item.mask)
+    assert not outcome.has(item)
+    assert next(row.note for row in outcome.rows if row.name == item.name) == f"refused: {item.refused}"
+    with pytest.raises(UsageError, match=f"{item} cannot be asked for: {re.escape(item.refused)}"):
+        negotiate(MODERN | item.mask, [item])
+
+
+def test_what_is_not_wanted_this_time_is_told_from_what_is_turned_off() -> None:
+    wanted = [item for item in SUPPORTED if item.name not in ("MQ", "CSUM", "MTU")]
+    notes = {row.name: row.note for row in negotiate(ALL_SUPPORTED, wanted, turned_off=[features.MTU]).rows}
+    assert notes["MTU"] == "turned off"
+    assert notes["MQ"] == "of no use to one queue pair"
+    assert notes["CSUM"] == "no client of the port takes it"
+
+
+def test_the_table_of_all_features_needs_no_device() -> None:
+    lines = features.known_table().splitlines()
+    assert len(lines) == 1 + len(FEATURES)
+    assert any(re.match(r"32 +VERSION_1 +required +the device follows", line) for line in lines)
+    assert any(re.match(r"62 +STANDBY +never +this driver owns its device alone", line) for line in lines)
+    rows = features.known_as_dict()
+    assert [row["name"] for row in rows if row["refused"]] == [item.name for item in FEATURES if item.refused]
 
 
 def test_a_feature_falls_with_what_it_depends_on() -> None:
     wanted = [feature(name) for name in ("CSUM", "HOST_TSO4", "HOST_ECN", "MQ", "CTRL_VQ")]
     without_csum = MODERN | mask_of("HOST_TSO4", "HOST_ECN", "MQ", "CTRL_VQ")
-    outcome = negotiate(without_csum, wanted, supported=FEATURES)
+    outcome = negotiate(without_csum, wanted)
     assert outcome.names == ("CTRL_VQ", "MQ", "VERSION_1", "ACCESS_PLATFORM")
     notes = {row.name: row.note for row in outcome.rows}
     assert notes["CSUM"] == "the device does not offer it"
@@ -143,7 +165,7 @@ def test_a_feature_falls_with_what_it_depends_on() -> None:
 
 def test_one_of_several_alternatives_is_enough() -> None:
     wanted = [feature(name) for name in ("CSUM", "HOST_TSO6", "HOST_ECN")]
-    outcome = negotiate(MODERN | mask_of("CSUM", "HOST_TSO6", "HOST_ECN"), wanted, supported=FEATURES)
+    outcome = negotiate(MODERN | mask_of("CSUM", "HOST_TSO6", "HOST_ECN"), wanted)
     assert outcome.has(feature("HOST_ECN"))
 
 
@@ -151,7 +173,7 @@ def test_the_table_has_a_line_for_every_bit_that_matters() -> None:
     lines = negotiate(MODERN | mask_of("MAC", "GUEST_UFO")).table().splitlines()
     assert lines[0].split()[:5] == ["bit", "feature", "offered", "wanted", "agreed"]
     assert any(re.match(r"5 +MAC +yes +yes +yes ", line) for line in lines)
-    assert any(re.match(r"10 +GUEST_UFO +yes +- +- +not used by this driver", line) for line in lines)
+    assert any(re.match(r"10 +GUEST_UFO +yes +- +- +refused: Linux has given it up", line) for line in lines)
     assert any(re.match(r"15 +MRG_RXBUF +- +yes +- +the device does not offer it", line) for line in lines)
 
 

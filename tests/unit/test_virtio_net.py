@@ -113,6 +113,7 @@ def test_the_sequence_is_that_of_the_specification(make: Make) -> None:
         ("status", A | D | FOK),  # 5 and 6
         ("config", 6, 2),  # 7: configuration,
         ("config", 12, 4),
+        ("config", 16, 1),
         *[("config", offset, 1) for offset in range(6)],
         ("config", 8, 2),
         ("config", 10, 2),

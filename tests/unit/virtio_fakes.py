@@ -63,6 +63,7 @@ class NetModel:
     pairs: int = 1
     mtu: int = 1500
     speed: int = 0xFFFFFFFF
+    duplex: int = 0xFF
     key_bytes: int = 40
     table_entries: int = 128
     hash_types: int = 0x3F
@@ -102,7 +103,7 @@ class NetModel:
         """struct virtio_net_config."""
         return struct.pack(
             "<6sHHHIBBHII",
-            *(self.mac, self.link, self.pairs, self.mtu, self.speed, 1),
+            *(self.mac, self.link, self.pairs, self.mtu, self.speed, self.duplex),
             *(self.key_bytes, self.table_entries, self.hash_types, 0),
         )
 
@@ -335,6 +336,7 @@ CONFIG_OFFSETS = {
     8: 2,
     10: 2,
     12: 4,
+    16: 1,
     17: 1,
     18: 2,
     20: 4,

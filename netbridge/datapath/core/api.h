@@ -128,6 +128,21 @@ struct nb_client_counters {
     uint64_t client_slow; /* frames dropped because it held as many RX buffers as it may */
 };
 
+/* What device and driver have agreed on, and what the device says of itself. `features_offered` is written last, and 0
+ * while the device is not configured. */
+struct nb_device_state {
+    uint64_t features_offered; /* bit masks (virtio 1.3 §2.2) */
+    uint64_t features_wanted;
+    uint64_t features_agreed;
+    uint64_t features_turned_off; /* by the user */
+    uint32_t speed_mbps;          /* 0: not known */
+    uint16_t mtu;
+    uint16_t queue_pairs; /* in use */
+    uint8_t mac[6];
+    uint8_t link_up;
+    uint8_t duplex; /* 0: half, 1: full, else not known */
+};
+
 /* One writer, the thread in the pump; readers take what they see. */
 struct nb_counters {
     uint64_t magic; /* "NBCOUNT1", little-endian */
@@ -156,6 +171,7 @@ struct nb_counters {
     struct nb_histogram irq_latency_ns[3];
     struct nb_histogram recovery_ns; /* from noticing to frames flowing again */
     struct nb_client_counters clients[16]; /* the last is everybody's for whom there was no place */
+    struct nb_device_state device;
 };
 
 /* ---- The driver's side ---------------------------------------------------------------------------------------- */

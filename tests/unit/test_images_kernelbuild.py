@@ -19,7 +19,7 @@ from tests.unit.images_fakes import package
 ROOT = Path(__file__).parents[2]
 RELEASE = "6.99-test"
 
-# It knows CONFIG_PCI and CONFIG_PVH, and no other option. Its modules wait for the image, so that one line is the first.
+# It knows CONFIG_PCI and CONFIG_PVH, no other option. Its modules wait for the image, so that one line is the first.
 MAKEFILE = """
 allnoconfig:
 \t@test -z "$$KERNEL" || { echo "KERNEL is for another make"; exit 1; }

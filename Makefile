@@ -19,7 +19,7 @@ KERNEL ?= debian
 SETUP := $(VENV)/.set-up
 C_SOURCES := $(wildcard netbridge/datapath/core/*.[ch]) netbridge/datapath/build.py
 
-.PHONY: help setup demo test unit sanitize thorough sandbox-test qemu-test bench faults coverage timing flakes lint format shell clean
+.PHONY: help setup demo test unit sanitize thorough sandbox-test box-test lab-test qemu-test bench faults coverage timing flakes lint format shell clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -74,6 +74,20 @@ qemu-test: $(SETUP) ## tests in guests: the driver on a real kernel, and end to 
 
 sandbox-test: $(SETUP) ## tests in guests that start a driver each: what strict mode forbids, and survival of kills
 	$(PYTEST) tests/e2e -n 2 -m thorough --accel $(ACCEL) $(ARGS)
+
+box-test: $(SETUP) ## tests on a machine of metal, which a guest with sshd stands in for; on a real one: see docs/harness.md
+	$(PYTEST) tests/e2e/test_box.py -m thorough --accel $(ACCEL) $(ARGS)
+
+# An environment of its own: labgrid brings a plugin for pytest that changes how every run logs.
+LAB_SETUP := $(VENV)-lab/.set-up
+
+$(LAB_SETUP): pyproject.toml setup.py $(C_SOURCES) | host-packages
+	$(PYTHON) -m venv $(VENV)-lab
+	$(VENV)-lab/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[lab]'
+	@touch $@
+
+lab-test: $(LAB_SETUP) ## the same with the box reserved and switched on by labgrid: a farm with one box
+	$(VENV)-lab/bin/python -m pytest tests/lab --accel $(ACCEL) $(ARGS)
 
 vfio-test: IN_GUEST = --accel $(ACCEL) -o guest_recipe=images/$(if $(filter debian,$(KERNEL)),trixie,$(KERNEL)).toml
 ifeq ($(KERNEL),debug) # which watches itself
@@ -155,6 +169,6 @@ shell: $(SETUP) ## a shell in a guest that has a NIC behind an IOMMU
 	$(PY) -m qemu.shell --accel $(ACCEL) $(ARGS)
 
 clean: ## remove what was built here (images stay in the cache: python -m qemu.images gc)
-	rm -rf build $(VENV) *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf build $(VENV) $(VENV)-lab *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	rm -f netbridge/datapath/_core.c netbridge/datapath/_core.*.so netbridge/datapath/*.o
 	find . -name __pycache__ -prune -exec rm -rf {} +

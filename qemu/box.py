@@ -8,10 +8,10 @@ A box is described by a TOML file (paths and addresses are examples):
     connect = ["ssh", "-o", "BatchMode=yes", "{host}"]
     console = ["conserver", "-M", "hub", "bench-3"]   # optional: prints what comes by the serial port
     power = ["fence", "{host}", "{action}"]           # optional: action is on, off or cycle
-    root = "/run/harness/code"            # where tests and what they test are put
 
 `connect` is a command that takes one more argument, a line for the shell of the box, and joins its standard streams
-with ours. Nothing is installed there: the agent travels over it, and ends with it. The box needs Python 3.9 or later.
+with ours. Nothing is installed there: the agent travels over it, and ends with it; what tests need is put into a new
+directory below /var/tmp, and removed at the end. The box needs Python 3.9 or later.
 """
 
 from __future__ import annotations
@@ -39,12 +39,14 @@ AGENT = Path(__file__).parents[1] / "images" / "agent.py"
 GREET_SECONDS = 30.0
 POWER_SECONDS = 60.0
 RETRY_SECONDS = 2.0
+SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "{host}")
 ACTIONS = ("on", "off", "cycle")
 ADDRESS = re.compile(r"[0-9a-f]{4}:[0-9a-f]{2}:[01][0-9a-f]\.[0-7]")
 
 # Runs there: reads the agent from its input, gives it a socket, and carries bytes between that and the two streams.
+# When they end, however that came about, the directory goes. In /var/tmp, as /run may be mounted noexec.
 BOOTSTRAP = """
-import os, select, socket, sys
+import os, select, shutil, socket, sys, tempfile
 def exactly(count):
     data = b""
     while len(data) < count:
@@ -54,6 +56,12 @@ def exactly(count):
         data += part
     return data
 source = exactly(int.from_bytes(exactly(4), "big"))
+scratch = tempfile.mkdtemp(prefix="harness-", dir="/var/tmp")
+os.chmod(scratch, 0o755)
+os.environ.update(HARNESS_SCRATCH=scratch, PYTHONPATH=scratch + "/code")
+def end():
+    shutil.rmtree(scratch, ignore_errors=True)
+    os._exit(0)
 ours, theirs = socket.socketpair()
 child = os.fork()
 if not child:
@@ -72,11 +80,14 @@ for fd in ends:
     poll.register(fd, select.POLLIN)
 while True:
     for fd, _ in poll.poll():
-        data = os.read(fd, 1 << 16)
-        if not data:
-            os._exit(0)
-        while data:
-            data = data[os.write(ends[fd], data):]
+        try:
+            data = os.read(fd, 1 << 16)
+            if not data:
+                end()
+            while data:
+                data = data[os.write(ends[fd], data):]
+        except OSError:
+            end()
 """
 
 
@@ -90,7 +101,6 @@ class BoxDescription:
     connect: tuple[str, ...]
     console: tuple[str, ...] = ()
     power: tuple[str, ...] = ()
-    root: str = "/run/harness/code"
     python: str = "python3"
 
     @classmethod
@@ -101,10 +111,9 @@ class BoxDescription:
             name=table.string("name", "a name", default=path.stem),
             host=table.string("host", 'whom ssh is to call, such as "root@bench-3"'),
             nic=table.string("nic", 'a PCI address such as "0000:03:00.0"', valid=ADDRESS.fullmatch),
-            connect=table.strings("connect", "a command", default=("ssh", "-o", "BatchMode=yes", "{host}")),
-            console=table.strings("console", "a command that prints the serial console", default=()),
-            power=table.strings("power", "a command with {action} in it", default=()),
-            root=table.string("root", "an absolute path", default=cls.root, valid=lambda text: text.startswith("/")),
+            connect=table.strings("connect", "a command", default=SSH, repeated=True),
+            console=table.strings("console", "a command that prints the serial console", default=(), repeated=True),
+            power=table.strings("power", "a command with {action} in it", default=(), repeated=True),
             python=table.string("python", "the name of Python there", default=cls.python),
         )
         if made.power and not any("{action}" in word for word in made.power):
@@ -125,6 +134,8 @@ class Box(Inside):
         self.description = description
         self.artefacts = artefacts
         artefacts.mkdir(parents=True, exist_ok=True)
+        self.scratch = ""
+        """A directory of the box that goes with the connection; Python there looks for modules in `code` below it."""
         self._console: Console | None = None
         self._log_before = 0
         with contextlib.ExitStack() as stack:
@@ -164,6 +175,7 @@ class Box(Inside):
         self.agent = Agent(ours, why_closed=lambda: f"{ended}: {_last(words)}")
         try:
             self.agent.wait_ready(GREET_SECONDS)
+            self.scratch = str(self.eval("import os; os.environ['HARNESS_SCRATCH']"))
         except BaseException:
             self._hang_up()
             raise

@@ -108,29 +108,34 @@ def build_code_disk(
     ImageBuildFailed with what the compiler said.
     """
     tell = progress or silent
-    code = CodeSpecification.load(spec)
     with tempfile.TemporaryDirectory(prefix="code-disk-") as directory:
         scratch = Path(directory)
         tree = scratch / "tree"
-        tree.mkdir()
-        for place, source in _files(code):
-            target = tree / place
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, target)
-            # Whatever this user's umask is, every user of the guest is to read it.
-            target.chmod(0o755 if os.access(source, os.X_OK) else 0o644)
-        for entry in code.extensions:
-            generated = scratch / "generated"
-            extension = cffi_extension(entry.script, entry.builder, generated)
+        build_code_tree(image, spec, tree, "/code", tell)
+        _make_image(tree, out, scratch / "code.img")
+    return out
+
+
+def build_code_tree(image: Image, spec: Path, tree: Path, root: str, progress: Progress | None = None) -> None:
+    """The same as files in the new directory `tree`, for a machine that will have them at `root`."""
+    tell = progress or silent
+    code = CodeSpecification.load(spec)
+    tree.mkdir(parents=True)
+    for place, source in _files(code):
+        target = tree / place
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, target)
+        # Whatever this user's umask is, every user of the guest is to read it.
+        target.chmod(0o755 if os.access(source, os.X_OK) else 0o644)
+    for entry in code.extensions:
+        with tempfile.TemporaryDirectory(prefix="extension-") as generated:
+            extension = cffi_extension(entry.script, entry.builder, Path(generated, "c"))
             if extension.module != entry.module:
                 raise RecipeError(f"{spec}: the builder of {entry.module} is for {extension.module}")
             target = tree / extension.file
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(compiled(extension, image.sysroot, Cache(), tell), target)
-            shutil.rmtree(generated)
-        compile_python(((path, f"/code/{path.relative_to(tree)}") for path in tree.rglob("*.py")), image.sysroot, tell)
-        _make_image(tree, out, scratch / "code.img")
-    return out
+    compile_python(((path, f"{root}/{path.relative_to(tree)}") for path in tree.rglob("*.py")), image.sysroot, tell)
 
 
 def _files(code: CodeSpecification) -> Iterator[tuple[str, Path]]:

@@ -40,3 +40,7 @@ class GuestLost(HarnessError):
 
 class AgentError(HarnessError):
     """The agent in the guest refused or could not do what it was asked, such as reading a file that is not there."""
+
+
+class NotOnMetal(HarnessError):
+    """A test asked a machine of metal for what only a guest of QEMU's has; it is skipped for that reason."""

@@ -18,11 +18,12 @@ from qemu.agent import CommandError, GuestProcess
 from qemu.inside import Inside
 
 HOME = "/run/harness"
+NIC_VARIABLE = "HARNESS_NIC"
+"""Tells the tests the PCI address of the NIC that they may take, where they are not to choose."""
 PLUGIN = Path(__file__).parents[1] / "images" / "remote_pytest.py"
 START_SECONDS = 60.0
 DIE_SECONDS = 5.0
 SAVE_SECONDS = 30.0
-COVERAGE_DATA = f"{HOME}/coverage.data"
 
 
 @dataclass
@@ -47,6 +48,7 @@ class RemoteTests:
     `options` are more arguments for it; `configuration` is the host's file of pytest settings, used there too; `log`
     gets what it prints besides reports. Into the directory `coverage` comes, when it is closed, a file of coverage.py's
     data on the Python below `root` that ran in it. Collecting may take `patience` times as long as usual.
+    What this puts there besides is in the directory `home`; `nic` is the PCI function that the tests may take.
     """
 
     def __init__(
@@ -60,8 +62,12 @@ class RemoteTests:
         configuration: Path | None = None,
         coverage: Path | None = None,
         patience: float = 1.0,
+        home: str = HOME,
+        nic: str | None = None,
     ):
         self.guest = guest
+        self._home = home
+        self._nic = nic
         self._paths = list(paths)
         self._root = root
         self._log = log
@@ -109,17 +115,22 @@ class RemoteTests:
             return [*reports, self._died(nodeid, reports, waiting)]
 
     def _start(self) -> None:
-        self.guest.put(PLUGIN, f"{HOME}/{PLUGIN.name}")
+        self.guest.put(PLUGIN, f"{self._home}/{PLUGIN.name}")
         options = ["-p", PLUGIN.stem, "-p", "no:cacheprovider", f"--rootdir={self._root}", *self._options]
         if self._configuration is not None:
-            self.guest.put(self._configuration, f"{HOME}/{self._configuration.name}")
-            options += ["-c", f"{HOME}/{self._configuration.name}"]
+            self.guest.put(self._configuration, f"{self._home}/{self._configuration.name}")
+            options += ["-c", f"{self._home}/{self._configuration.name}"]
         self._position, self._partial = 0, b""
         self._process = self.guest.start(
             ["python3", "-m", *self._measured(), "pytest", *options, *self._paths],
             cwd=self._root,
             # coverage.py's own C would have to be compiled for the guest; what Python brings since 3.12 needs none.
-            env={"PYTHONPATH": f"{HOME}:{self._root}", "PYTHONDONTWRITEBYTECODE": "1", "COVERAGE_CORE": "sysmon"},
+            env={
+                "PYTHONPATH": f"{self._home}:{self._root}",
+                "PYTHONDONTWRITEBYTECODE": "1",
+                "COVERAGE_CORE": "sysmon",
+                **({} if self._nic is None else {NIC_VARIABLE: self._nic}),
+            },
             stdin=True,
         )
         self._event(self._start_seconds)
@@ -132,8 +143,8 @@ class RemoteTests:
 
         package = Path(coverage.__file__).parent
         for file in package.glob("*.py"):
-            self.guest.put(file, f"{HOME}/coverage/{file.name}")
-        return ["coverage", "run", f"--data-file={COVERAGE_DATA}", f"--source={self._root}", "-m"]
+            self.guest.put(file, f"{self._home}/coverage/{file.name}")
+        return ["coverage", "run", f"--data-file={self._home}/coverage.data", f"--source={self._root}", "-m"]
 
     def _event(self, timeout: float) -> dict[str, Any] | None:
         """The next event; None when the process has ended."""
@@ -172,7 +183,7 @@ class RemoteTests:
             try:
                 self._process.wait(DIE_SECONDS if self._coverage is None else SAVE_SECONDS)
                 if self._coverage is not None:
-                    self.guest.get(COVERAGE_DATA, self._coverage / f"data.guest.{time.time_ns()}")
+                    self.guest.get(f"{self._home}/coverage.data", self._coverage / f"data.guest.{time.time_ns()}")
             except CommandError:
                 self._process.kill()
         self._keep_log()

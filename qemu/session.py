@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shlex
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,12 +12,15 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from qemu.codedisk import build_code_disk
+from qemu.box import Box
+from qemu.codedisk import build_code_disk, build_code_tree
 from qemu.dimensions import Dimensions
-from qemu.errors import HarnessError
+from qemu.errors import HarnessError, NotOnMetal
 from qemu.guest import Guest, Nic, boot
 from qemu.images import Image, Recipe, ensure_image
-from qemu.remote import RemoteTests
+from qemu.metal import Metal, unpinned
+from qemu.remote import HOME, RemoteTests
+from qemu.target import Target
 
 BOOT_SECONDS = 180.0
 MEMORY_MB = 512
@@ -72,6 +76,8 @@ class Session:
         """What failed for reasons of the harness, not of what is tested: nodeid and reason."""
         self.needs = Needs()
         self.patience = patience(str(config.getini("guest_patience")))
+        self.target = Target.chosen(config, self.artefacts, self.patience, self.say)
+        """The box on which tests run; None when they run in guests."""
         self._images: dict[Path, Image] = {}
         self._codes: dict[Path, Path] = {}
         self._guest: Guest | None = None
@@ -123,6 +129,8 @@ class Session:
 
     def boot(self, name: str, recipe: Path | None = None, **options: Any) -> Guest:
         """A guest of its own, for a test that changes or breaks it; to be closed by whoever asked for it."""
+        if self.target is not None:
+            raise NotOnMetal(f"needs a guest of QEMU's, made to measure: tests run on {self.target.name}")
         options.setdefault("accel", self.accel)
         options.setdefault("code", self.code(recipe))
         options.setdefault("timeout", BOOT_SECONDS * self.patience)
@@ -131,13 +139,37 @@ class Session:
         return guest
 
     def fresh(self, name: str, wanted: Dimensions) -> Guest:
-        """A guest that nobody has used, with these dimensions; to be closed by whoever asked for it."""
+        """A guest that nobody has used, with these dimensions; to be closed by whoever asked for it.
+
+        With a target it is the box, which has been used, and is as it is.
+        """
+        if self.target is not None:
+            if reason := unpinned(wanted, Dimensions()):
+                raise NotOnMetal(reason)
+            return self._metal(self.artefacts / name)  # type: ignore[return-value] # as good as one, or NotOnMetal
         return self.boot(name, wanted.recipe(self.recipe()), **wanted.boot_options())
+
+    def _metal(self, artefacts: Path, wired: bool = True) -> Metal:
+        target = self.target
+        assert target is not None
+        return self._once(lambda: target.metal(artefacts, self._fill, wired))  # type: ignore[no-any-return]
+
+    def _fill(self, box: Box) -> None:
+        """Put the code where guests have theirs."""
+        tree = self.artefacts / "code"
+        shutil.rmtree(tree, ignore_errors=True)
+        root = f"{box.scratch}/code"
+        build_code_tree(self.image(), self.config.rootpath / str(self.config.getini("guest_code")), tree, root)
+        box.put(tree, root)
+        shutil.rmtree(tree)
 
     def guest(self) -> Guest:
         """The guest that all share. Booted anew when it was lost."""
         if self._guest is not None and self._guest.lost is not None:
             self.end_guest()
+        if self._guest is None and self.target is not None:
+            self._guest = self._metal(self.artefacts / "box", wired=False)  # type: ignore[assignment]
+            assert self._guest is not None
         if self._guest is None:
             name = f"shared-guest-{len(self.booted)}"
             more = [word for line in self.needs.arguments for word in shlex.split(line)]
@@ -161,7 +193,10 @@ class Session:
     def remote(self, items: list[pytest.Item]) -> RemoteTests:
         guest = self.guest()
         if self._remote is None or self._remote.guest is not guest:
-            root = str(self.config.getini("guest_root"))
+            root, home, nic = str(self.config.getini("guest_root")), HOME, None
+            if isinstance(guest, Metal):
+                home, nic = guest.box.scratch, guest.nic
+                root = f"{home}/code"
             files = dict.fromkeys(item.nodeid.split("::")[0] for item in items)
             paths = [f"{root}/{file}" for file in files]
             log = guest.artefacts / "guest-pytest.log"
@@ -175,6 +210,8 @@ class Session:
                 configuration=self.config.inipath,
                 coverage=self.config.getoption("guest_coverage"),
                 patience=self.patience,
+                home=home,
+                nic=nic,
             )
         return self._remote
 
@@ -186,6 +223,11 @@ class Session:
         if self._guest is not None:
             self._guest.close()
             self._guest = None
+
+    def close(self) -> None:
+        self.end_guest()
+        if self.target is not None:
+            self.target.close()
 
 
 def patience(text: str) -> float:

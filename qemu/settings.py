@@ -86,14 +86,20 @@ class Table:
         return value
 
     def strings(
-        self, key: str, expected: str, *, default: tuple[str, ...] | None = None, valid: Callable[[str], Any] = bool
+        self,
+        key: str,
+        expected: str,
+        *,
+        default: tuple[str, ...] | None = None,
+        valid: Callable[[str], Any] = bool,
+        repeated: bool = False,
     ) -> tuple[str, ...]:
-        """A list of strings, none twice, for each of which `valid` holds."""
+        """A list of strings for each of which `valid` holds; none twice, unless they may be repeated."""
         values = self._get(key, list, expected, None if default is None else list(default))
         for value in values:
             if not isinstance(value, str) or not valid(value):
                 raise RecipeError(f"{self.path}: {self._prefix}{key}: expected {expected}, found {self._found(value)}")
-            if values.count(value) > 1:
+            if not repeated and values.count(value) > 1:
                 raise RecipeError(f"{self.path}: {self._prefix}{key}: {value!r} is there {values.count(value)} times")
         return tuple(values)
 

@@ -17,6 +17,7 @@ import struct
 import subprocess
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Self
 
 from pyroute2 import IPRoute
@@ -35,10 +36,18 @@ class Tap:
     """An interface with `queues` queue pairs and an address such as "10.9.8.2/24", or none; up from the start.
 
     Give the NIC properties={"mq": "on", "vectors": 2 * queues + 2} for more than one pair. Raises HarnessError with
-    the reason when this user may not make interfaces.
+    the reason when this user may not make interfaces. With `beside` it is in the namespace of that one.
     """
 
-    def __init__(self, address: str | None = None, *, queues: int = 1, offloads: bool = True, name: str = "tap0"):
+    def __init__(
+        self,
+        address: str | None = None,
+        *,
+        queues: int = 1,
+        offloads: bool = True,
+        name: str = "tap0",
+        beside: Tap | None = None,
+    ):
         if not 1 <= queues <= MOST_QUEUES:
             raise ValueError(f"a tap has 1 to {MOST_QUEUES} queue pairs, not {queues}")
         if reason := lacks_root():
@@ -54,14 +63,14 @@ class Tap:
         try:
             # A thread of its own, because a namespace is entered by a thread; it ends, and the namespace stays.
             with ThreadPoolExecutor(1) as pool:
-                pool.submit(self._make, address).result()
+                pool.submit(self._make, address, beside).result()
         except BaseException:
             self.close()
             raise
 
-    def _make(self, address: str | None) -> None:
+    def _make(self, address: str | None, beside: Tap | None) -> None:
         libc = ctypes.CDLL(None, use_errno=True)
-        if libc.unshare(CLONE_NEWNET):
+        if libc.setns(beside._namespace, CLONE_NEWNET) if beside is not None else libc.unshare(CLONE_NEWNET):
             raise HarnessError(f"no network namespace for {self.name}: {os.strerror(ctypes.get_errno())}")
         self._namespace = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
         flags = IFF_TAP | IFF_NO_PI | (IFF_VNET_HDR if self.offloads else 0)
@@ -71,6 +80,11 @@ class Tap:
             self._fds.append(fd)
             fcntl.ioctl(fd, TUNSETIFF, struct.pack("16sH22x", self.name.encode(), flags))
         with IPRoute() as routes:
+            if address is None:
+                # Nobody speaks IP on it, so the kernel is not to announce itself there: those frames would wait for the
+                # guest's driver, and be counted.
+                with contextlib.suppress(FileNotFoundError):
+                    Path(f"/proc/sys/net/ipv6/conf/{self.name}/disable_ipv6").write_text("1")
             for name in ("lo", self.name):
                 (index,) = routes.link_lookup(ifname=name)
                 routes.link("set", index=index, state="up")

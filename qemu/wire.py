@@ -103,8 +103,8 @@ class Wire(SuperSocket):  # type: ignore[misc]
         self.name = name
         self.pcap = pcap
         self.sent = self.received = self.sent_bytes = self.received_bytes = self.overflowed = 0
+        self._socket, self._theirs = self._open()
         self._capture = Capture(pcap, name) if pcap is not None else None
-        self._socket, self._theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._clock_offset = time.time_ns() - time.monotonic_ns()
         self._frames: collections.deque[Frame] = collections.deque()
         self._arrived = threading.Condition()
@@ -114,21 +114,26 @@ class Wire(SuperSocket):  # type: ignore[misc]
         self._reader.start()
         self.closed = False
 
+    def _open(self) -> tuple[socket.socket, socket.socket | None]:
+        """Our end, and the one that QEMU is to have."""
+        return socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+
     # What the command line of QEMU is made of
 
     def netdev(self, ident: str) -> str:
-        return f"dgram,id={ident},local.type=fd,local.str={self._theirs.fileno()}"
+        return f"dgram,id={ident},local.type=fd,local.str={self.guest_end.fileno()}"
 
     def fds(self) -> Sequence[int]:
-        return (self._theirs.fileno(),)
+        return (self.guest_end.fileno(),)
 
     def attached(self) -> None:
         """QEMU has inherited its end: from here on, sending tells when QEMU is gone."""
-        self._theirs.close()
+        self.guest_end.close()
 
     @property
     def guest_end(self) -> socket.socket:
         """The other end, until attached(): for tests that play the guest."""
+        assert self._theirs is not None
         return self._theirs
 
     # Receiving
@@ -137,7 +142,7 @@ class Wire(SuperSocket):  # type: ignore[misc]
         poll = select.poll()
         poll.register(self._socket, select.POLLIN)
         poll.register(self._stop, select.POLLIN)
-        receive = self._socket.recv
+        receive = self._receive
         offset = self._clock_offset
         written = False
         while True:
@@ -152,12 +157,15 @@ class Wire(SuperSocket):  # type: ignore[misc]
             try:
                 # In batches, not for ever: who waits for a frame is told after at most so many.
                 while len(batch) < 64:
-                    data = receive(MTU, socket.MSG_DONTWAIT)
-                    batch.append(Frame(data, time.monotonic_ns()))
+                    data = receive()
+                    if data is not None:
+                        batch.append(Frame(data, time.monotonic_ns()))
             except BlockingIOError:
                 pass
             except OSError:
                 return
+            if not batch:
+                continue
             with self._arrived:
                 if not self._frames:
                     os.eventfd_write(self._readable, 1)
@@ -172,6 +180,15 @@ class Wire(SuperSocket):  # type: ignore[misc]
                 if self._capture is not None:
                     self._capture.write(data, at + offset, INBOUND)
                     written = True
+
+    def _receive(self) -> bytes | None:
+        """The next frame that has come; None for one that is not to be handed on. Raises BlockingIOError, OSError."""
+        return self._socket.recv(MTU, socket.MSG_DONTWAIT)
+
+    def _note_noise(self, data: bytes) -> None:
+        """Capture a frame that is not handed on."""
+        if self._capture is not None:
+            self._capture.write(data, time.time_ns(), INBOUND)
 
     def take(self, timeout: float | None = 0.0, limit: int = QUEUE) -> list[Frame]:
         """The frames that have come, at most `limit`; waits up to `timeout` seconds (None: for ever) for a first."""
@@ -241,16 +258,23 @@ class Wire(SuperSocket):  # type: ignore[misc]
             raise ValueError(f"a frame of {len(data)} bytes cannot be sent: at most {LONGEST} pass QEMU")
         at = time.monotonic_ns()
         try:
-            self._socket.send(data, socket.MSG_DONTWAIT)
+            self._give(data)
         except BlockingIOError:
             at = self._transmit_patiently(data, timeout)
         except OSError as error:
-            raise WireClosed(f"{self.name}: QEMU is not at the other end: {error}") from error
+            raise self._gone(error) from error
         self.sent += 1
         self.sent_bytes += len(data)
         if self._capture is not None:
             self._capture.write(data, at + self._clock_offset, OUTBOUND)
         return at
+
+    def _give(self, data: bytes) -> None:
+        """Hand a frame over. Raises BlockingIOError while there is no room."""
+        self._socket.send(data, socket.MSG_DONTWAIT)
+
+    def _gone(self, error: OSError) -> WireClosed:
+        return WireClosed(f"{self.name}: QEMU is not at the other end: {error}")
 
     def _transmit_patiently(self, data: bytes, timeout: float) -> int:
         poll = select.poll()
@@ -265,12 +289,12 @@ class Wire(SuperSocket):  # type: ignore[misc]
                 )
             at = time.monotonic_ns()
             try:
-                self._socket.send(data, socket.MSG_DONTWAIT)
+                self._give(data)
                 return at
             except BlockingIOError:
                 continue
             except OSError as error:
-                raise WireClosed(f"{self.name}: QEMU is not at the other end: {error}") from error
+                raise self._gone(error) from error
 
     # Exactness
 
@@ -401,7 +425,8 @@ class Wire(SuperSocket):  # type: ignore[misc]
         with self._arrived:
             self._arrived.notify_all()
         self._socket.close()
-        self._theirs.close()
+        if self._theirs is not None:
+            self._theirs.close()
         if self._capture is not None:
             self._capture.close()
         os.close(self._readable)

@@ -93,8 +93,8 @@ observability:
 
 
 def nics(guest: Guest) -> list[tuple[str, str | None]]:
-    """The guest's virtio-net functions: PCI address and present driver."""
-    return [(address, driver) for address, driver in guest.eval(FIND_NICS)]
+    """The guest's virtio-net functions that tests may take: PCI address and present driver."""
+    return [(address, driver) for address, driver in guest.eval(FIND_NICS) if guest.may_take(address)]
 
 
 def netbridge(*words: str) -> list[str]:
@@ -178,7 +178,13 @@ def running(
 def start_echo(guest: Guest, log: Path) -> GuestProcess:
     """The echo service under a uid of its own; it waits for the driver to be ready for it."""
     command = ["python3", "-m", "netbridge.services.echo", "--json", "--socket", SOCKET, "--wait", f"{START_SECONDS:g}"]
-    return guest.start(command, user=SERVICE_USER, log=log)
+    return guest.start(command, user=service_user(guest), log=log)
+
+
+def service_user(guest: Guest) -> str:
+    """Whose the service is: the image's user for it, or where there is none, as on a box, nobody."""
+    known = guest.run(["getent", "passwd", SERVICE_USER], check=False).returncode == 0
+    return SERVICE_USER if known else "nobody"
 
 
 def end(process: GuestProcess) -> None:

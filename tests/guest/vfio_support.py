@@ -85,9 +85,15 @@ def usable(mode: str) -> str:
 
 
 def find(ids: tuple[int, int], *, alone: bool = True) -> vfio.PciFunction | None:
-    """The first function with these ids behind an IOMMU; `alone`: none but bridges share its group."""
+    """The first function with these ids behind an IOMMU; `alone`: none but bridges share its group.
+
+    Of NICs only the one that tests may take, where that is said: on a box, another may be what one is connected by.
+    """
+    nic = os.environ.get("HARNESS_NIC", "")
     for address in vfio.functions():
         function = vfio.PciFunction(address)
+        if nic not in ("", str(address)) and function.class_code >> 16 == 0x02:
+            continue
         if (function.vendor_id, function.device_id) != ids or function.iommu_group is None:
             continue
         others = [vfio.PciFunction(other) for other in function.group_members if other != address]

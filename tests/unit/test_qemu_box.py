@@ -121,5 +121,5 @@ def test_a_wrong_description_is_refused(tmp_path: Path, before: str, after: str,
 
 def test_ssh_is_what_connects_unless_told_otherwise(tmp_path: Path) -> None:
     made = described(tmp_path, text='host = "root@bench"\nnic = "0000:03:00.0"\n')
-    assert made.words(made.connect) == ["ssh", "-o", "BatchMode=yes", "root@bench"]
+    assert made.words(made.connect) == ["ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "root@bench"]
     assert made.name == "box"

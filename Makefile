@@ -19,10 +19,18 @@ KERNEL ?= debian
 SETUP := $(VENV)/.set-up
 C_SOURCES := $(wildcard netbridge/datapath/core/*.[ch]) netbridge/datapath/build.py
 
-.PHONY: help setup demo test unit sanitize thorough sandbox-test box-test lab-test qemu-test bench faults coverage timing flakes lint format shell clean
+# What pytest is given: these paths and options, unless ARGS names a path itself, which is then run whole.
+tests = $(if $(filter tests/%,$(ARGS)),,$(1))
+
+# Nothing here is a file, but for what is installed.
+.PHONY: $(shell sed -n 's/^\([a-z][a-z-]*\):.*/\1/p' $(firstword $(MAKEFILE_LIST)))
+
+##@ Begin with
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^##@ / {printf "\n%s\n", substr($$0, 5)} /^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@printf '\n%s\n' 'More for the program behind a target: ARGS, as in make qemu-test ARGS="tests/e2e/test_echo.py -n 1 -x".' \
+		'Guests run under KVM where that works: ACCEL=kvm or ACCEL=tcg has it one way or the other.'
 
 setup: $(SETUP) ## install what is missing: system packages (as root), a virtual environment, the C core
 
@@ -42,41 +50,65 @@ define install-for
 	apt-get update --quiet=2 && DEBIAN_FRONTEND=noninteractive $$install
 endef
 
-.PHONY: host-packages
 host-packages:
 	@qemu/host-packages
 
 demo: $(SETUP) ## boot a guest, claim its NIC through VFIO, echo real frames through the port, check each
 	$(PY) -m tests.e2e.demo --accel $(ACCEL) $(ARGS)
 
+shell: $(SETUP) ## a shell in a guest that has a NIC behind an IOMMU
+	$(PY) -m qemu.shell --accel $(ACCEL) $(ARGS)
+
+##@ For every change
+
 test: lint unit sanitize qemu-test ## what every change must pass: lint, unit, sanitize and qemu-test
 
+lint: $(SETUP) ## ruff, mypy, the C core under -Wall -Wextra -Werror, and the recipes for CI
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/mypy
+	$(PY) netbridge/datapath/build.py --check
+	$(VENV)/bin/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(VENV)/bin/check-jsonschema --builtin-schema vendor.github-actions .github/actions/*/action.yml
+	$(VENV)/bin/zizmor --offline --quiet .github
+
+format: $(SETUP) ## lay the Python out as ruff would
+	$(VENV)/bin/ruff check --fix
+	$(VENV)/bin/ruff format
+
 unit: $(SETUP) ## tests without a virtual machine, in seconds
-	$(PYTEST) tests/unit -n 2 -m "not thorough" $(ARGS)
+	$(PYTEST) $(call tests,tests/unit -m "not thorough") -n 2 $(ARGS)
 
 sanitize: $(SETUP) ## the unit tests that take longer: the C core under sanitizers, random search
-	$(PYTEST) tests/unit -n 2 -m thorough $(ARGS)
-
-thorough: test sandbox-test vfio-test faults ## all tests there are but the model: test, sandbox-test, vfio-test and faults
-
-model: | host-spin ## model-check wake-ups, memory ordering and ownership; every mutant must fail
-	nice $(PYTHON) -m tests.model $(ARGS)
-
-.PHONY: model host-spin
-host-spin: | host-packages
-	$(call install-for,model,spin,spin)
+	$(PYTEST) $(call tests,tests/unit -m thorough) -n 2 $(ARGS)
 
 # The VFIO tests need other devices, more memory and more time than the rest, so they have a guest and a target of their own.
 VFIO_TESTS := tests/guest/test_vfio_selftests.py tests/guest/test_vfio_device.py
+IN_GUESTS = tests/guest tests/e2e tests/faults $(VFIO_TESTS:%=--ignore=%)
 
 qemu-test: $(SETUP) ## tests in guests: the driver on a real kernel, and end to end with scapy
-	$(PYTEST) tests/guest tests/e2e tests/faults $(VFIO_TESTS:%=--ignore=%) -n 2 --junitxml=build/tests/junit.xml -m "not thorough" --accel $(ACCEL) $(ARGS)
+	$(PYTEST) $(call tests,$(IN_GUESTS) -m "not thorough") -n 2 --junitxml=build/tests/junit.xml --accel $(ACCEL) $(ARGS)
+
+##@ Longer tests
+
+thorough: test sandbox-test vfio-test box-test faults ## test, sandbox-test, vfio-test, box-test and faults, one after the other
 
 sandbox-test: $(SETUP) ## tests in guests that start a driver each: what strict mode forbids, and survival of kills
-	$(PYTEST) tests/e2e -n 2 -m thorough --accel $(ACCEL) $(ARGS)
+	$(PYTEST) $(call tests,tests/e2e -m thorough --ignore=tests/e2e/test_box.py) -n 2 --junitxml=build/tests/sandbox.xml --accel $(ACCEL) $(ARGS)
+
+vfio-test: IN_GUEST = --accel $(ACCEL) -o guest_recipe=images/$(if $(filter debian,$(KERNEL)),trixie,$(KERNEL)).toml
+ifeq ($(KERNEL),debug) # which watches itself
+vfio-test: IN_GUEST += -o guest_patience=8
+endif
+vfio-test: $(SETUP) ## the cases of Linux's VFIO selftests, and more: KERNEL=debian (the default), iommufd or debug
+	$(if $(filter debian iommufd debug,$(KERNEL)),,$(error KERNEL is debian, iommufd or debug, not "$(KERNEL)"))
+	$(PYTEST) $(call tests,$(VFIO_TESTS)) --junitxml=build/tests/vfio.xml $(IN_GUEST) $(ARGS)
+ifneq ($(KERNEL),debian) # which has no VFIO without an IOMMU
+	$(PYTEST) $(VFIO_TESTS) -k without_an_iommu $(IN_GUEST) -o guest_words=intel_iommu=off --artefacts build/tests/no-iommu
+endif
 
 box-test: $(SETUP) ## tests on a machine of metal, which a guest with sshd stands in for; on a real one: see docs/harness.md
-	$(PYTEST) tests/e2e/test_box.py -m thorough --accel $(ACCEL) $(ARGS)
+	$(PYTEST) $(call tests,tests/e2e/test_box.py) --junitxml=build/tests/box.xml --accel $(ACCEL) $(ARGS)
 
 # An environment of its own: labgrid brings a plugin for pytest that changes how every run logs.
 LAB_SETUP := $(VENV)-lab/.set-up
@@ -87,63 +119,27 @@ $(LAB_SETUP): pyproject.toml setup.py $(C_SOURCES) | host-packages
 	@touch $@
 
 lab-test: $(LAB_SETUP) ## the same with the box reserved and switched on by labgrid: a farm with one box
-	$(VENV)-lab/bin/python -m pytest tests/lab --accel $(ACCEL) $(ARGS)
+	$(VENV)-lab/bin/python -m pytest $(call tests,tests/lab) --junitxml=build/tests/lab.xml --accel $(ACCEL) $(ARGS)
 
-vfio-test: IN_GUEST = --accel $(ACCEL) -o guest_recipe=images/$(if $(filter debian,$(KERNEL)),trixie,$(KERNEL)).toml
-ifeq ($(KERNEL),debug) # which watches itself
-vfio-test: IN_GUEST += -o guest_patience=8
-endif
-vfio-test: $(SETUP) ## the cases of Linux's VFIO selftests, and more: KERNEL=debian (the default), iommufd or debug
-	$(if $(filter debian iommufd debug,$(KERNEL)),,$(error KERNEL is debian, iommufd or debug, not "$(KERNEL)"))
-	$(PYTEST) $(VFIO_TESTS) $(IN_GUEST) $(ARGS)
-ifneq ($(KERNEL),debian) # which has no VFIO without an IOMMU
-	$(PYTEST) $(VFIO_TESTS) -k without_an_iommu $(IN_GUEST) -o guest_words=intel_iommu=off --artefacts build/tests/no-iommu
-endif
+faults: $(SETUP) ## what may go wrong, at every moment: kills, unplugs, links, clocks, and the exact account afterwards
+	$(PYTEST) $(call tests,tests/faults) -n 2 --junitxml=build/tests/faults.xml --accel $(ACCEL) $(ARGS)
+
+soak: $(SETUP) ## kills, lies and a flapping link under traffic for SOAK_SECONDS (3600); 1 GiB through the tap service
+	SOAK_SECONDS=$${SOAK_SECONDS:-3600} $(PYTEST) tests/e2e/test_soak.py -s --junitxml=build/tests/soak.xml --accel $(ACCEL) $(ARGS)
+	TRANSFER_MIB=1024 $(PYTEST) tests/e2e/test_tap.py -k tcp -s --junitxml=build/tests/transfer.xml --accel $(ACCEL) $(ARGS)
 
 interop: $(SETUP) | host-dpdk ## the driver on DPDK's net_vhost as its device: every frame compared, both ways
-	$(PYTEST) tests/interop --require-dpdk $(ARGS)
+	$(PYTEST) $(call tests,tests/interop) --require-dpdk $(ARGS)
 
 # No other target but the benches needs DPDK, so it is not among host-packages.
-.PHONY: interop host-dpdk
 host-dpdk:
 	@tests/interop/host-dpdk
 
-soak: $(SETUP) ## kills, lies and a flapping link under traffic for SOAK_SECONDS (3600); 1 GiB through the tap service
-	SOAK_SECONDS=$${SOAK_SECONDS:-3600} $(PYTEST) tests/e2e/test_soak.py -s --accel $(ACCEL) $(ARGS)
-	TRANSFER_MIB=1024 $(PYTEST) tests/e2e/test_tap.py -k tcp -s --accel $(ACCEL) $(ARGS)
+model: | host-spin ## model-check wake-ups, memory ordering and ownership; every mutant must fail
+	nice $(PYTHON) -m tests.model $(ARGS)
 
-.PHONY: soak
-client-library: | host-packages ## the client library in C, and its example, in build/client-library
-	$(MAKE) -C client BUILD=$(CURDIR)/build/client-library
-
-.PHONY: client-library
-# Installed when a bench is first wanted: what draws its pictures.
-BENCH_SETUP := $(VENV)/.set-up-bench
-
-$(BENCH_SETUP): $(SETUP)
-	$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[dev,bench]'
-	@touch $@
-
-.PHONY: bench-quick
-bench: $(BENCH_SETUP) | host-dpdk ## beside its peers, in turns: a table and pictures in build/bench
-	ACCEL=$(ACCEL) $(PY) -m tests.bench $(ARGS)
-
-bench-quick: $(BENCH_SETUP) | host-dpdk ## the same with fewer metrics and rounds
-	ACCEL=$(ACCEL) $(PY) -m tests.bench --quick $(ARGS)
-
-faults: $(SETUP) ## what may go wrong, at every moment: kills, unplugs, links, clocks, and the exact account afterwards
-	$(PYTEST) tests/faults -n 2 --junitxml=build/tests/faults.xml --accel $(ACCEL) $(ARGS)
-
-coverage: $(SETUP) ## what of the code the tests run: Python on the host and in a guest, and the C core
-	$(PY) -m tests.measure_coverage --accel $(ACCEL) $(ARGS)
-
-timing: $(SETUP) ## where the time goes until a guest is up
-	$(PY) -m qemu.timing --accel $(ACCEL) $(ARGS)
-
-# How many rounds `make flakes` makes
-N ?= 20
-flakes: $(SETUP) ## run tests N times and tell which do not always pass: make flakes N=20 ARGS="tests/e2e/test_echo.py -n 2"
-	$(PY) -m qemu.flakes $(N) $(or $(ARGS),tests/e2e/test_echo.py) --accel $(ACCEL)
+host-spin: | host-packages
+	$(call install-for,model,spin,spin)
 
 # How long make fuzz looks for more.
 FUZZ_SECONDS ?= 60
@@ -151,22 +147,39 @@ FUZZ_SECONDS ?= 60
 fuzz: $(SETUP) | host-clang ## fuzz the C core with all that a device can write: FUZZ_SECONDS=60, ARGS=--keep
 	nice $(PY) -m tests.unit.core.fuzz --seconds $(FUZZ_SECONDS) $(ARGS)
 
-.PHONY: fuzz host-clang
 host-clang: | host-packages
 	$(call install-for,fuzz,clang,clang libclang-rt-dev)
 
-lint: $(SETUP) ## ruff, mypy, and the C core under -Wall -Wextra -Werror
-	$(VENV)/bin/ruff check
-	$(VENV)/bin/ruff format --check
-	$(VENV)/bin/mypy
-	$(PY) netbridge/datapath/build.py --check
+##@ How well, and how fast
 
-format: $(SETUP) ## lay the Python out as ruff would
-	$(VENV)/bin/ruff check --fix
-	$(VENV)/bin/ruff format
+coverage: $(SETUP) ## what of the code the tests run: Python on the host and in a guest, and the C core
+	$(PY) -m tests.measure_coverage --accel $(ACCEL) $(ARGS)
 
-shell: $(SETUP) ## a shell in a guest that has a NIC behind an IOMMU
-	$(PY) -m qemu.shell --accel $(ACCEL) $(ARGS)
+# How many rounds `make flakes` makes
+N ?= 20
+flakes: $(SETUP) ## run tests N times and tell which do not always pass: make flakes N=20 ARGS="tests/e2e/test_echo.py -n 2"
+	$(PY) -m qemu.flakes $(N) $(or $(ARGS),tests/e2e/test_echo.py) --accel $(ACCEL)
+
+timing: $(SETUP) ## where the time goes until a guest is up
+	$(PY) -m qemu.timing --accel $(ACCEL) $(ARGS)
+
+# Installed when a bench is first wanted: what draws its pictures.
+BENCH_SETUP := $(VENV)/.set-up-bench
+
+$(BENCH_SETUP): $(SETUP)
+	$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[dev,bench]'
+	@touch $@
+
+bench: $(BENCH_SETUP) | host-dpdk ## beside its peers, in turns: a table and pictures in build/bench
+	ACCEL=$(ACCEL) $(PY) -m tests.bench $(ARGS)
+
+bench-quick: $(BENCH_SETUP) | host-dpdk ## the same with fewer metrics and rounds
+	ACCEL=$(ACCEL) $(PY) -m tests.bench --quick $(ARGS)
+
+##@ The rest
+
+client-library: | host-packages ## the client library in C, and its example, in build/client-library
+	$(MAKE) -C client BUILD=$(CURDIR)/build/client-library
 
 clean: ## remove what was built here (images stay in the cache: python -m qemu.images gc)
 	rm -rf build $(VENV) $(VENV)-lab *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

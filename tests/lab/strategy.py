@@ -26,7 +26,7 @@ class Status(enum.Enum):
 
 @_registered
 @attr.s(eq=False)
-class BoxStrategy(Strategy):  # type: ignore[misc]
+class BoxStrategy(Strategy):
     """`boot_seconds` is how long the box may take from the power switch to sshd."""
 
     bindings = {"power": "PowerProtocol", "ssh": "SSHDriver", "console": {"ConsoleProtocol", None}}  # noqa: RUF012
@@ -34,8 +34,8 @@ class BoxStrategy(Strategy):  # type: ignore[misc]
     boot_seconds = attr.ib(default=BOOT_SECONDS, converter=float)
     status = attr.ib(default=Status.unknown)
 
-    @never_retry  # type: ignore[untyped-decorator]
-    @step()  # type: ignore[untyped-decorator]
+    @never_retry
+    @step()
     def transition(self, status: str | Status) -> None:
         """Brings the box to "on" or "off"."""
         wanted = Status[status] if isinstance(status, str) else status

@@ -155,8 +155,11 @@ class Bridge:
         try:
             if self._link is None or self._link.there:
                 self._make_session()
-        except Gone as error:
+        except DeviceError as error:
             self._wait_for_link(error)
+            # It may have been configured already when it was lost.
+            device_state.withdraw(self._counters)
+            self._net.reset()
         if self._session is None:
             self._server.withdraw()
 
@@ -181,7 +184,7 @@ class Bridge:
         try:
             self._net.start()
             station.begin()
-        except Gone as error:
+        except DeviceError as error:
             self._wait_for_link(error)
             self._give_up("gone")
             return
@@ -221,6 +224,8 @@ class Bridge:
         device_state.withdraw(self._counters)
         try:
             self._net.reset()
+        except DeviceError as error:
+            self._wait_for_link(error)
         finally:
             session.close()
         if was_serving:
@@ -292,16 +297,16 @@ class Bridge:
         try:
             if there and not self._net.needs_reset():
                 return
-        except Gone:
+        except (Gone, Misbehaved):
             there = False
         if there:
             self._device_failed(Cause.NEEDS_RESET)
         else:
             self._give_up("gone")
 
-    def _wait_for_link(self, error: Gone) -> None:
-        """A device that comes back is waited for; the loss of any other is an error."""
-        if self._link is None:
+    def _wait_for_link(self, error: DeviceError) -> None:
+        """A device that was lost and may come back is waited for; everything else stays the error that it is."""
+        if self._link is None or self._link.there:
             raise error
         self._log("device_gone", why=error)
 

@@ -25,7 +25,7 @@ from netbridge.log import Log
 from netbridge.metrics import CounterPage
 from netbridge.session import Settings
 from netbridge.virtio import features
-from netbridge.virtio.errors import Gone
+from netbridge.virtio.errors import Gone, Misbehaved
 from netbridge.virtio.net import NetDevice
 from netbridge.virtio.vhost_user.memory import VhostDma, VhostMemory
 from netbridge.virtio.vhost_user.transport import VhostUser
@@ -149,8 +149,9 @@ class Link:
 
     def attend(self) -> bool:
         """Sees to whatever happened; whether there is a back-end now. When there was one and is none any more, it says
-        so once before it looks for another. Raises DeviceError when none was found within the patience, and Misbehaved
-        for one that is none."""
+        so once before it looks for another. One that talks nonsense is hung up on, and as good as gone. Raises
+        DeviceError when none was found within the patience, and Misbehaved when the very first is none: then whoever
+        started this has named the wrong socket."""
         was_there = self._transport.connected
         ready = {fd for fd, _ in self._epoll.poll(0)}
         if self._listener is not None and self._listener.fileno() in ready:
@@ -160,7 +161,11 @@ class Link:
             else:
                 self._take(stream)
         if was_there:
-            return self._transport.look()
+            try:
+                return self._transport.look()
+            except Misbehaved as error:
+                self._log("back_end_refused", path=self._path, why=error)
+                return False
         if self._timer.expired() and not self._transport.connected:
             self._try()
         return self._transport.connected
@@ -213,8 +218,11 @@ class Link:
     def _take(self, stream: socket.socket) -> None:
         try:
             self._transport.attach(stream)
-        except Gone as error:
+        except (Gone, Misbehaved) as error:
+            if isinstance(error, Misbehaved) and not self._found_at:
+                raise
             self._last_words = str(error)
+            self._log("back_end_refused", path=self._path, why=error)
             return
         self._found_at = time.monotonic()
         self._timer.disarm()

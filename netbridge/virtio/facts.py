@@ -113,7 +113,7 @@ def read_facts(transport: Transport, agreed: Negotiation, local_mac: bytes) -> N
         mac=mac,
         mac_is_local="mac" not in values,
         mtu=mtu,
-        link=_link(name, values),
+        link=_link(name, values, agreed),
         max_queue_pairs=pairs,
         header_bytes=HEADER_BYTES,
         smallest_rx_buffer=HEADER_BYTES if agreed.has(features.MRG_RXBUF) else HEADER_BYTES + frame,
@@ -124,7 +124,7 @@ def read_facts(transport: Transport, agreed: Negotiation, local_mac: bytes) -> N
 def read_link(transport: Transport, agreed: Negotiation) -> LinkState:
     """The link as it is now. Raises Misbehaved, ConfigUnstable."""
     fields = _link_fields(agreed)
-    return _link(transport.name, read_consistently(transport, fields) if fields else {})
+    return _link(transport.name, read_consistently(transport, fields) if fields else {}, agreed)
 
 
 def _link_fields(agreed: Negotiation) -> list[ConfigField]:
@@ -136,7 +136,7 @@ def _link_fields(agreed: Negotiation) -> list[ConfigField]:
     return fields
 
 
-def _link(name: str, values: dict[str, tuple[int, ...]]) -> LinkState:
+def _link(name: str, values: dict[str, tuple[int, ...]], agreed: Negotiation) -> LinkState:
     (status,) = values.get("status", (LINK_UP,))
     (speed,) = values.get("speed", (UNKNOWN_SPEED,))
     if speed > FASTEST and speed != UNKNOWN_SPEED:
@@ -149,7 +149,8 @@ def _link(name: str, values: dict[str, tuple[int, ...]]) -> LinkState:
         up=bool(status & LINK_UP),
         speed_mbps=0 if speed == UNKNOWN_SPEED else speed,
         duplex=duplex,
-        announce=bool(status & ANNOUNCE),
+        # A wish that only an agreed feature lets it have (§5.1.4.2).
+        announce=bool(status & ANNOUNCE) and agreed.has(features.GUEST_ANNOUNCE),
     )
 
 

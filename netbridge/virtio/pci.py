@@ -439,7 +439,13 @@ class VirtioPci:
                 f"{self._name}: queue {index} is notified at byte {offset:#x} of a notification structure of "
                 f"{notify.length:#x} bytes"
             )
-        return notify.offset + offset
+        at = notify.offset + offset
+        if at % width:
+            raise Misbehaved(
+                f"{self._name}: queue {index} is notified at byte {at:#x} of BAR {notify.bar_index}, which is no "
+                f"multiple of the {width} bytes that a notification has"
+            )
+        return at
 
     def notify(self, index: int, data: int | None = None) -> None:
         bar = self._structures[Kind.NOTIFY].bar

@@ -23,6 +23,7 @@ from netbridge.ipc.errors import PortClosed, Reason
 from netbridge.ipc.offloads import ALL_OFFLOADS, NO_OFFLOADS, TX_OFFLOADS
 from netbridge.vhost import parse_mac
 from netbridge.virtio.features import MAC, RING_PACKED
+from tests.unit import vhost_fakes as spec
 from tests.unit.vhost_fakes import F_MRG_RXBUF, F_PROTOCOL_FEATURES, OFFERED, FakeBackEnd
 
 DEADLINE_S = 20.0
@@ -262,3 +263,70 @@ def test_options_that_need_a_back_end() -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "--vhost-user PATH" in done.stderr
+
+
+# ---- A back-end that lies, once there was one
+
+
+def rubbish(_answer: bytes) -> tuple[bytes, list[int]]:
+    return b"HTTP/1.1 400 Bad Request\r\n\r\n", []
+
+
+def serve_once(run: Run, listener: socket.socket, number: int) -> None:
+    """A good back-end is found, and a client served with it."""
+    back_end = accept(listener)
+    with run.connect(name=f"client-{number}") as port:
+        back_end.await_kick(DEADLINE_S)
+        assert port.link_up
+        back_end.die()
+        with pytest.raises(PortClosed):
+            port.receive(timeout=DEADLINE_S)
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [spec.GET_FEATURES, spec.GET_PROTOCOL_FEATURES, spec.GET_QUEUE_NUM, spec.SET_MEM_TABLE, spec.GET_STATUS],
+    ids=["features", "protocol features", "pairs", "memory", "status"],
+)
+def test_one_that_talks_nonsense_is_hung_up_on_and_the_next_is_taken(tmp_path: Path, request_: int) -> None:
+    with listening(tmp_path) as listener, running(tmp_path) as run:
+        serve_once(run, listener, 1)
+        liar = FakeBackEnd(lies={request_: rubbish})
+        liar.start(listener.accept()[0])
+        liar.join()
+        serve_once(run, listener, 2)
+        code, out, err = run.end()
+    assert code == 0, err
+    assert "Traceback" not in err
+    assert json.loads(out)["sessions"] == 2
+
+
+def test_chatter_in_service_ends_the_session_and_not_the_driver(tmp_path: Path) -> None:
+    with listening(tmp_path) as listener, running(tmp_path) as run:
+        back_end = accept(listener)
+        with run.connect() as port:
+            back_end.await_kick(DEADLINE_S)
+            back_end.stream.send(b"anybody there?")
+            with pytest.raises(PortClosed) as closed:
+                port.receive(timeout=DEADLINE_S)
+            assert closed.value.reason is Reason.DEVICE_RESET
+        back_end.join()
+        serve_once(run, listener, 2)
+        code, _, err = run.end()
+    assert code == 0, err
+    assert "Traceback" not in err
+
+
+def test_one_that_lies_when_it_is_stopped(tmp_path: Path) -> None:
+    """The client is gone, the rings are stopped, and the answer names another ring: nobody knows what it still does."""
+    with listening(tmp_path) as listener, running(tmp_path) as run:
+        back_end = accept(listener)
+        with run.connect():
+            back_end.await_kick(DEADLINE_S)
+            back_end.lies[spec.GET_VRING_BASE] = rubbish
+        back_end.join()
+        serve_once(run, listener, 2)
+        code, out, err = run.end()
+    assert code == 0, err
+    assert "Traceback" not in err
+    assert json.loads(out)["sessions"] == 2

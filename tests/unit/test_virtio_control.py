@@ -18,6 +18,7 @@ from netbridge.virtio.errors import (
     QueueUnusable,
     WrongState,
 )
+from netbridge.virtio.facts import LinkState
 from netbridge.virtio.interrupts import InterruptMode
 from netbridge.virtio.net import NetDevice
 from netbridge.virtio.states import State
@@ -332,6 +333,14 @@ def test_an_impossible_speed_is_refused(make: Make) -> None:
     bench = make(CONTROL | mask_of("SPEED_DUPLEX"), model=NetModel(speed=0x80000000))
     with pytest.raises(Misbehaved, match="its speed is 0x80000000"):
         bench.net.configure()
+
+
+def test_a_wish_for_an_announcement_that_was_never_agreed_on_is_none(make: Make) -> None:
+    """Or the driver would answer it with a command that the device does not have."""
+    bench = make(CONTROL & ~mask_of("GUEST_ANNOUNCE"), model=NetModel(link=3))
+    bench.start()
+    assert bench.net.facts.link == LinkState(up=True)
+    assert bench.net.link() == LinkState(up=True)
 
 
 def test_the_wish_for_an_announcement_is_seen(make: Make) -> None:

@@ -305,6 +305,15 @@ def test_the_last_notification_that_fits_is_accepted(reach: Reach) -> None:
     transport.notify_address(1)
 
 
+def test_a_notification_that_would_lie_across_registers_is_refused(reach: Reach) -> None:
+    """With NOTIFICATION_DATA it has 32 bits, and a multiplier of 2 puts every other queue's in the middle of one."""
+    transport, _ = reach(capabilities=usual_capabilities(multiplier=2))
+    assert transport.notify_address(1, 2)
+    assert transport.notify_address(2, 4)
+    with pytest.raises(Misbehaved, match=r"queue 1 is notified at byte .* no multiple of the 4 bytes"):
+        transport.notify_address(1, 4)
+
+
 @pytest.mark.parametrize("length", [8, 10, 11])
 def test_a_field_beyond_the_configuration_is_refused(reach: Reach, length: int) -> None:
     transport, _ = reach(capabilities=replaced(Kind.DEVICE, length=length))

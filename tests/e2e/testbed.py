@@ -127,11 +127,12 @@ class Testbed:
         )
         return counters
 
-    def restart_echo(self, end: signal.Signals = signal.SIGTERM) -> None:
-        """Ends the echo service with this signal and starts another; returns when that one is served."""
+    def restart_echo(self, end: signal.Signals = signal.SIGTERM, options: Sequence[str] = ()) -> None:
+        """Ends the echo service with this signal and starts another, with more options; returns when that one is
+        served."""
         self.echo.kill(end)
         self.echo.wait(STOP_SECONDS)
-        self.echo = start_echo(self.guest, self.echo_log)
+        self.echo = start_echo(self.guest, self.echo_log, options)
         wait_for_line(self.driver, r" serving ")
 
     def stop(self) -> None:
@@ -175,10 +176,10 @@ def running(
         yield bed
 
 
-def start_echo(guest: Guest, log: Path) -> GuestProcess:
+def start_echo(guest: Guest, log: Path, options: Sequence[str] = ()) -> GuestProcess:
     """The echo service under a uid of its own; it waits for the driver to be ready for it."""
     command = ["python3", "-m", "netbridge.services.echo", "--json", "--socket", SOCKET, "--wait", f"{START_SECONDS:g}"]
-    return guest.start(command, user=service_user(guest), log=log)
+    return guest.start([*command, *options], user=service_user(guest), log=log)
 
 
 def service_user(guest: Guest) -> str:

@@ -15,10 +15,10 @@ import shutil
 import socket
 import struct
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Self
+from typing import Self, TypeVar
 
 from pyroute2 import IPRoute
 
@@ -30,6 +30,8 @@ TUNSETIFF = 0x400454CA  # linux/if_tun.h
 IFF_TAP, IFF_NO_PI, IFF_MULTI_QUEUE, IFF_VNET_HDR = 0x0002, 0x1000, 0x0100, 0x4000
 ETH_P_ALL = 3
 MOST_QUEUES = 8
+
+Result = TypeVar("Result")
 
 
 class Tap:
@@ -119,6 +121,19 @@ class Tap:
             raise ToolMissing("nsenter is not installed: apt-get install util-linux")
         enter = ["nsenter", f"--net=/proc/{os.getpid()}/fd/{self._namespace}"]
         return subprocess.run([*enter, *argv], check=True, capture_output=True, text=True, timeout=timeout)
+
+    def inside(self, do: Callable[[], Result]) -> Result:
+        """What `do` returns, called by a thread in the interface's namespace, where sockets and interfaces it opens
+        belong. Raises what it raises."""
+
+        def enter() -> Result:
+            libc = ctypes.CDLL(None, use_errno=True)
+            if libc.setns(self._namespace, CLONE_NEWNET):
+                raise HarnessError(f"cannot enter {self.name}'s namespace: {os.strerror(ctypes.get_errno())}")
+            return do()
+
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(enter).result()
 
     def close(self) -> None:
         """Nothing of it is left once QEMU has ended, too. May be called again."""

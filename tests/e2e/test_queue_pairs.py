@@ -5,18 +5,22 @@ QEMU's datagram wire has one queue, so here the NIC is on a TAP device of the ho
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import pytest
 
 from qemu.command import Nic
+from qemu.guest import Guest
 from qemu.session import Session
 from qemu.tap import Tap
 from tests.e2e import testbed
 from tests.e2e.traffic import GUEST_IP, HOST_IP, HOST_MAC
 
 FLOWS = 64
+PACKETS = 5  # of one flow
 ANSWER_SECONDS = 30.0
 
 pytestmark = [pytest.mark.thorough, pytest.mark.needs_root]
@@ -29,6 +33,47 @@ def udp(mac: str, flow: int) -> bytes:
 
     layers = Ether(dst=mac, src=HOST_MAC) / IP(src=HOST_IP, dst=GUEST_IP) / UDP(sport=20000 + flow, dport=7)
     return bytes(layers / Raw(flow.to_bytes(4, "big") * 16))
+
+
+@dataclass
+class Scaling:
+    """A driver with four queue pairs and receive-side scaling."""
+
+    guest: Guest
+    tap: Tap
+    bed: testbed.Testbed
+
+    def received(self) -> list[int]:
+        """Of each receive queue, how many frames."""
+        path = f"/machine/peripheral/{self.guest.machine.nics[0].id}/virtio-backend"
+        status = [self.guest.qmp("x-query-virtio-queue-status", path=path, queue=queue) for queue in range(0, 8, 2)]
+        return [each["used-idx"] for each in status]
+
+
+def exchange(tap: Tap, frames: list[bytes]) -> None:
+    """Sends them and waits until all have come back."""
+    wanted = set()
+    for frame in frames:
+        wanted.add(frame[6:12] + frame[:6] + frame[12:])
+        tap.packets.send(frame)
+    deadline = time.monotonic() + ANSWER_SECONDS
+    while wanted and time.monotonic() < deadline:
+        wanted.discard(tap.packets.recv(65536))
+    assert not wanted, f"{len(wanted)} of {len(frames)} frames did not come back"
+
+
+@pytest.fixture(scope="module")
+def scaling(guests: Session) -> Iterator[Scaling]:
+    with Tap(queues=4, offloads=False) as tap:
+        tap.run(["sh", "-c", f"echo 1 > /proc/sys/net/ipv6/conf/{tap.name}/disable_ipv6"])
+        tap.packets.settimeout(ANSWER_SECONDS)
+        nic = Nic(wire=tap, properties={"mq": "on", "rss": "on", "vectors": 10})
+        with (
+            guests.boot("scaling", nics=[nic], snapshot=False) as guest,
+            testbed.running(guest, options=["--queue-pairs", "4"]) as bed,
+        ):
+            yield Scaling(guest, tap, bed)
+            bed.stop()
 
 
 @pytest.fixture(params=[2, 4])
@@ -53,15 +98,7 @@ def test_flows_are_spread_and_every_frame_comes_back(guests: Session, tap: Tap, 
     ):
         tap.packets.settimeout(ANSWER_SECONDS)
         for _ in range(4):
-            wanted = set()
-            for flow in range(FLOWS):
-                frame = udp(bed.mac, flow)
-                wanted.add(frame[6:12] + frame[:6] + frame[12:])
-                tap.packets.send(frame)
-            deadline = time.monotonic() + ANSWER_SECONDS
-            while wanted and time.monotonic() < deadline:
-                wanted.discard(tap.packets.recv(65536))
-            assert not wanted, f"{len(wanted)} of {FLOWS} frames did not come back"
+            exchange(tap, [udp(bed.mac, number) for number in range(FLOWS)])
         path = f"/machine/peripheral/{nic.id}/virtio-backend"
         used = [
             guest.qmp("x-query-virtio-queue-status", path=path, queue=queue)["used-idx"] for queue in range(2 * pairs)
@@ -71,3 +108,49 @@ def test_flows_are_spread_and_every_frame_comes_back(guests: Session, tap: Tap, 
     assert sum(used[0::2]) == counters["packets_rx"]
     assert sum(used[1::2]) == counters["packets_tx"]
     assert sum(1 for queue in used[0::2] if queue) > 1, f"all frames came on one queue: {used}"
+
+
+# ---- Receive-side scaling
+
+
+def flow(mac: str, kind: str, number: int) -> list[bytes]:
+    """Frames of one flow, no two alike."""
+    from scapy.layers.inet import ICMP, IP, TCP, UDP
+    from scapy.layers.inet6 import IPv6
+    from scapy.layers.l2 import Ether
+    from scapy.packet import Raw
+
+    head = Ether(dst=mac, src=HOST_MAC)
+    if "6" in kind:
+        head /= IPv6(src=f"2001:db8::{number + 1:x}", dst="2001:db8::ffff")
+    else:
+        head /= IP(src=f"198.51.100.{number + 1}", dst=GUEST_IP)
+    port = 20000 + number
+    upper = {"tcp": TCP(sport=port, dport=80), "udp": UDP(sport=port, dport=7), "ip": ICMP()}[kind.rstrip("46")]
+    return [bytes(head / upper / Raw(bytes([number, packet]) * 16)) for packet in range(PACKETS)]
+
+
+@pytest.mark.parametrize("kind", ["ip4", "tcp4", "udp4", "tcp6", "udp6"])
+def test_rss_keeps_a_flow_on_one_queue_and_spreads_flows(scaling: Scaling, kind: str) -> None:
+    queues = set()
+    for number in range(FLOWS):
+        before = scaling.received()
+        exchange(scaling.tap, flow(scaling.bed.mac, kind, number))
+        moved = [after - earlier for after, earlier in zip(scaling.received(), before, strict=True)]
+        assert sorted(moved) == [0, 0, 0, PACKETS], f"flow {number} came on several queues: {moved}"
+        queues.add(moved.index(PACKETS))
+    assert len(queues) == 4, f"{FLOWS} flows came on queues {queues} only"
+
+
+def test_rss_leaves_what_has_no_hash_to_the_first_queue(scaling: Scaling) -> None:
+    before = scaling.received()
+    head = bytes.fromhex((scaling.bed.mac + HOST_MAC).replace(":", ""))
+    exchange(scaling.tap, [head + b"\x88\xb5" + bytes([number]) * 46 for number in range(FLOWS)])
+    moved = [after - earlier for after, earlier in zip(scaling.received(), before, strict=True)]
+    assert moved == [FLOWS, 0, 0, 0]
+
+
+def test_rss_is_what_was_agreed(scaling: Scaling) -> None:
+    told = json.loads(scaling.guest.run(testbed.netbridge("features", "--json")).stdout)
+    assert told["queue_pairs"] == 4
+    assert {"MQ", "RSS"} <= {row["name"] for row in told["features"] if row["agreed"]}

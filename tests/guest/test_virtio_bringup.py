@@ -7,11 +7,12 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import vfio
-from netbridge.datapath._core import lib
+from netbridge.datapath._core import ffi, lib
 from netbridge.virtio import commands, features
 from netbridge.virtio.commands import Command
 from netbridge.virtio.dma import VfioDma
@@ -189,6 +190,27 @@ def test_small_queues_are_used_as_asked(device: vfio.Device) -> None:
         net.configure()
         net.start()
         assert (net.rx.size, net.tx.size) == (64, 8)
+
+
+def test_each_queue_is_stopped_and_started_alone(net: NetDevice, device: vfio.Device) -> None:
+    """RING_RESET (virtio 1.3 §2.6.1), again and again, while the other queue stays as it is."""
+
+    def emptied(handle: Any) -> int:
+        return int(lib.nb_virtqueue_reset(handle, ffi.new("uint32_t[]", 256)))
+
+    net.configure()
+    net.start()
+    assert net.negotiation.has(features.RING_RESET)
+    transport = VirtioPci(device)
+    for _ in range(20):
+        for queue in (net.rx, net.tx):
+            assert net.reset_queue(queue, emptied) == 0
+            assert transport.queue_enabled(net.rx.index)
+            assert transport.queue_enabled(net.tx.index)
+            assert transport.queue_max_size(queue.index) == queue.size
+    assert status(device) == LIVE
+    assert not net.needs_reset()
+    net.command(commands.vlan(5, True))
 
 
 def test_the_states_hold_on_a_real_device_too(device: vfio.Device) -> None:

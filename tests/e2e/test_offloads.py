@@ -10,14 +10,12 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import fcntl
 import json
 import os
 import select
 import socket
 import struct
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -33,7 +31,7 @@ from qemu.agent import GuestProcess
 from qemu.command import Nic
 from qemu.guest import Guest
 from qemu.session import Session
-from qemu.tap import ETH_P_ALL, IFF_NO_PI, IFF_TAP, TUNSETIFF, Tap
+from qemu.tap import ETH_P_ALL, Tap
 from tests.e2e import testbed
 
 pytestmark = pytest.mark.needs_root
@@ -164,28 +162,24 @@ class Host:
     def __init__(self, tap: Tap) -> None:
         self.tap = tap
         with contextlib.ExitStack() as stack:
-            self.headed, self.plain = tap.inside(lambda: self._make(stack))
+            plain = stack.enter_context(Tap(offloads=False, name="plain", beside=tap))
+            (self.plain,) = plain.fds()
+            self.headed = stack.enter_context(tap.inside(self._make))
             self._stack = stack.pop_all()
 
-    def _make(self, stack: contextlib.ExitStack) -> tuple[socket.socket, int]:
-        for place in ("all", "default"):
-            # The kernel shows each thread its own namespace's.
-            Path(f"/proc/sys/net/ipv6/conf/{place}/disable_ipv6").write_text("1")
-        plain = os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
-        stack.callback(os.close, plain)
-        fcntl.ioctl(plain, TUNSETIFF, struct.pack("16sH22x", b"plain", IFF_TAP | IFF_NO_PI))
+    def _make(self) -> socket.socket:
         with IPRoute() as routes:
             routes.link("add", ifname="br0", kind="bridge")
             (bridge,) = routes.link_lookup(ifname="br0")
             for name in (self.tap.name, "plain"):
                 (index,) = routes.link_lookup(ifname=name)
-                routes.link("set", index=index, master=bridge, state="up")
+                routes.link("set", index=index, master=bridge)
             routes.link("set", index=bridge, state="up")
-        headed = stack.enter_context(socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(ETH_P_ALL)))
+        headed = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(ETH_P_ALL))
         headed.setsockopt(SOL_PACKET, PACKET_VNET_HDR, 1)
         headed.bind((self.tap.name, ETH_P_ALL))
         headed.settimeout(SECONDS)
-        return headed, plain
+        return headed
 
     def give(self, unfinished: Unfinished) -> None:
         """Has the kernel send it out of tap0, to the guest."""

@@ -107,7 +107,7 @@ def _serve(start: dict[str, Any], fds: list[int], channel: socket.socket) -> Sto
                 VfioDma(device.iommu),
                 interrupts=mode,
                 wanted=wanted,
-                tx_headers=settings.tx_headers,
+                tx_slots=settings.tx_slots,
                 most_pairs=settings.queue_pairs,
             )
         )

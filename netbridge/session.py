@@ -83,8 +83,9 @@ class Settings:
         return dict(vars(self))
 
     @property
-    def tx_headers(self) -> int:
-        """Slots for headers of sent frames: one for each buffer, and one for all frames that ask for nothing."""
+    def tx_slots(self) -> int:
+        """Slots for headers of sent frames and copies of short ones: one for each buffer, and one for all others that ask
+        for nothing."""
         return 1 + self.tx_buffers
 
     @property
@@ -196,8 +197,9 @@ class Session:
         config.pair_count = len(net.pairs)
         config.rx_ledger, config.tx_ledger = self._ledgers["rx"], self._ledgers["tx"]
         self.port.place_rings(ffi, config)
-        config.tx_headers = ffi.cast("uint8_t *", net.tx_headers.address)
-        config.tx_headers_iova = net.tx_headers.iova
+        config.tx_slots = ffi.cast("uint8_t *", net.tx_slots.address)
+        config.tx_slots_iova = net.tx_slots.iova
+        config.tx_copied = lib.NB_TX_MOST_COPIED
         config.offloads = net.offloads
         config.net_header_bytes = net.facts.header_bytes
         config.rx_max_pieces = MAX_MERGED_BUFFERS if net.negotiation.has(features.MRG_RXBUF) else 1
@@ -240,8 +242,8 @@ class Session:
             raise DeviceError(f"{net.name}: after its reset the device has {what}; the session was promised another")
         pairs = ffi.new("struct nb_pump_pair[]", len(net.pairs))
         _place_pairs(pairs, net)
-        headers = ffi.cast("uint8_t *", net.tx_headers.address)
-        if lib.nb_pump_resume(self._pump, pairs, len(net.pairs), headers, net.tx_headers.iova):
+        slots = ffi.cast("uint8_t *", net.tx_slots.address)
+        if lib.nb_pump_resume(self._pump, pairs, len(net.pairs), slots, net.tx_slots.iova):
             raise DeviceError(f"{net.name}: after its reset the device has queues or vectors other than before")
         self.is_salvaged = False
 

@@ -83,7 +83,7 @@ def run(manifest: Manifest, options: Options, log: Log, warn: Callable[[str], No
                 VhostDma(memory),
                 wanted=wanted,
                 required=REQUIRED,
-                tx_headers=options.settings.tx_headers,
+                tx_slots=options.settings.tx_slots,
                 most_pairs=options.settings.queue_pairs,
             )
         )

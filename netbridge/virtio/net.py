@@ -68,7 +68,7 @@ class NetDevice:
     Takes over `transport`, also when it fails, and closes it in `close`; `memory` stays the caller's. `rx_size` and
     `tx_size` are the most entries to use of each queue, a power of two; the device may allow fewer. `most_pairs` is how
     many queue pairs to use if the device has as many. `wanted` comes from `features.select`; a device without those of
-    `required` is refused. `tx_headers` is how many headers of sent frames there is private memory for.
+    `required` is refused. `tx_slots` is for how many sent frames there is private memory: a header, a short copy.
     `reset_deadline_s` and `control_deadline_s` are how long, in seconds, the device may take to reset and to answer a
     command.
 
@@ -87,7 +87,7 @@ class NetDevice:
         most_pairs: int = 1,
         wanted: Sequence[Feature] = features.SUPPORTED,
         required: Sequence[Feature] = features.REQUIRED,
-        tx_headers: int = 1,
+        tx_slots: int = 1,
         reset_deadline_s: float = RESET_DEADLINE_S,
         control_deadline_s: float = control.DEADLINE_S,
     ) -> None:
@@ -105,8 +105,8 @@ class NetDevice:
         self._negotiation: Negotiation | None = None
         self._facts: NetFacts | None = None
         self._pairs: tuple[QueuePair, ...] = ()
-        self._tx_headers_bytes = tx_headers * lib.NB_TX_HEADER_STRIDE
-        self._tx_headers: Piece | None = None
+        self._tx_slots_bytes = tx_slots * lib.NB_TX_SLOT_BYTES
+        self._tx_slots: Piece | None = None
         self._control: ControlQueue | None = None
         self._local_mac = made_up_mac()
         self._queues = QueueSet(transport, memory)
@@ -150,9 +150,9 @@ class NetDevice:
         return self.pairs[0].tx
 
     @property
-    def tx_headers(self) -> Piece:
+    def tx_slots(self) -> Piece:
         """Private memory for the headers of sent frames, zeroed by `configure`, from then on."""
-        return self._from_configure(self._tx_headers)
+        return self._from_configure(self._tx_slots)
 
     @property
     def offloads(self) -> int:
@@ -331,7 +331,7 @@ class NetDevice:
             QueuePlan(number, self._sizes[number % 2], vector, self._wiring.fd_of(vector), CHAINS[number % 2])
             for number, vector in enumerate(vectors)
         ]
-        extra = [self._tx_headers_bytes]
+        extra = [self._tx_slots_bytes]
         has_control = agreed.has(features.CTRL_VQ)
         if has_control:
             steers = agreed.has(features.MQ) or agreed.has(features.RSS)
@@ -340,7 +340,7 @@ class NetDevice:
             vector = CONFIG_VECTOR if fds.mode is InterruptMode.MSIX else NO_VECTOR
             plans.append(QueuePlan(number, control.CONTROL_QUEUE_SIZE, vector, fds.config_fd, control.CHAIN))
             extra.append(ControlQueue.memory_bytes())
-        self._tx_headers, *rest = self._queues.set_up(plans, agreed, extra)
+        self._tx_slots, *rest = self._queues.set_up(plans, agreed, extra)
         data = self._queues.queues[: len(vectors)]
         self._pairs = tuple(QueuePair(rx, tx) for rx, tx in zip(data[0::2], data[1::2], strict=True))
         if has_control:
@@ -423,7 +423,7 @@ class NetDevice:
         self._pairs = ()
         self._control = None
         self._queues.forget()
-        self._tx_headers = None
+        self._tx_slots = None
         self._facts = None
         self._negotiation = None
 

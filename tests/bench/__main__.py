@@ -41,6 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--quick", action="store_true", help="fewer metrics and rounds: two minutes in all")
     parser.add_argument("--rounds", type=int, help=f"default {ROUNDS}, or {QUICK_ROUNDS} with --quick")
+    parser.add_argument(
+        "--only", metavar="TEXT", default="", help="metrics with this in their name; report.json stays"
+    )
     parser.add_argument("--json", action="store_true", help="print this run's rows instead of the table")
     options = parser.parse_args(arguments)
     unknown = [name for name in options.benches if name not in known]
@@ -50,6 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if rounds < LEAST_ROUNDS:
         parser.error(f"--rounds {rounds}: a spread wants at least {LEAST_ROUNDS}")
 
+    machine.claim_processors()
     report.OUT.mkdir(parents=True, exist_ok=True)
     report.MACHINE.write_text(json.dumps(machine.describe(), indent=1) + "\n")
     rows: list[Row] = []
@@ -59,16 +63,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name in options.benches or (QUICK if options.quick else BENCHES):
             try:
                 for contest in known[name].contests(options.quick):
-                    rows += _run(contest, rounds)
+                    if options.only in contest.metric:
+                        rows += _run(contest, rounds)
             except Unavailable as reason:
                 missing.append(f"{name}: {reason}")
             except (CompilationFailed, OSError, RuntimeError, ValueError) as error:
                 failed.append(f"{name}: {error}")
     except KeyboardInterrupt:
         print("\nbench: interrupted; what was measured by then is reported", file=sys.stderr)
-        _finish(rows, options.json)
+        _finish(rows, options.json, keep=not options.only)
         return 130
-    _finish(rows, options.json)
+    _finish(rows, options.json, keep=not options.only)
     for line in failed:
         print(f"bench: FAILED: {line}", file=sys.stderr)
     for line in missing:
@@ -99,10 +104,11 @@ def _say(text: str, stays: bool = False) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def _finish(rows: list[Row], as_json: bool) -> None:
+def _finish(rows: list[Row], as_json: bool, keep: bool) -> None:
     if not rows:
         return
-    report.merge(rows)
+    if keep:
+        report.merge(rows)
     if as_json:
         print(json.dumps([row.as_dict() for row in rows], indent=1))
     else:

@@ -23,7 +23,7 @@ from netbridge.virtio.vhost_user.transport import VhostUser
 from tests.bench import native
 
 CORE = Path(__file__).parents[2] / "netbridge/datapath/core"
-QUEUE, BUFFERS, STRIDE, HEADER_BYTES = 256, 1024, 2048, 12
+QUEUE, BUFFERS, STRIDE = 256, 1024, 2048
 # What the core itself is compiled with.
 FLAGS = ("-fPIC", "-shared", "-fno-strict-aliasing", "-march=x86-64", f"-I{CORE}")
 CONNECT_SECONDS = 20.0
@@ -31,7 +31,8 @@ _RING = {"IN_ORDER": core.NB_RING_IN_ORDER, "EVENT_IDX": core.NB_RING_EVENT_IDX,
 
 _DECLARATIONS = """
 struct load { void *rx; void *tx; uint8_t *memory; uint64_t iova; uint32_t stride; uint32_t length;
-              uint64_t header_iova; int32_t merges; int32_t stop; uint32_t free_count; uint32_t free[4096]; };
+              uint8_t *slots; uint64_t slots_iova; uint32_t copied; int32_t merges; int32_t stop;
+              uint32_t free_count; uint32_t free[4096]; };
 int64_t load_transmit(struct load *);
 int64_t load_receive(struct load *);
 int64_t load_echo(struct load *);
@@ -70,12 +71,14 @@ class FrontEnd:
             for index, name in enumerate(("rx", "tx")):
                 setattr(self._load, name, self._make_queue(index, dma, stack, packed))
             self._transport.enable_vectors(())
-            header = dma.allocate(HEADER_BYTES)
-            stack.callback(header.close)
+            slots = dma.allocate((1 + BUFFERS) * core.NB_TX_SLOT_BYTES)
+            stack.callback(slots.close)
             buffers = stack.enter_context(vfio.Memory.memfd(BUFFERS * STRIDE))
             mapping = stack.enter_context(memory.map(buffers))
             self._load.memory = self._ffi.cast("uint8_t *", buffers.address)
-            self._load.iova, self._load.stride, self._load.header_iova = mapping.iova, STRIDE, header.iova
+            self._load.iova, self._load.stride = mapping.iova, STRIDE
+            self._load.slots = self._ffi.cast("uint8_t *", slots.address)
+            self._load.slots_iova, self._load.copied = slots.iova, core.NB_TX_MOST_COPIED
             self._load.merges = merges
             self._lib.load_start(self._load, BUFFERS)
             self._transport.write_status(self._transport.read_status() | Status.DRIVER_OK)

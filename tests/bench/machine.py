@@ -7,6 +7,7 @@ move them at any time, so this is measured before and after each round and repor
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import platform
@@ -31,6 +32,15 @@ def cache_line_ns() -> float:
         return float("nan")
     program = native.build("cache_line", libraries=("-pthread",))
     return float(subprocess.run([program, first, second], check=True, capture_output=True, text=True).stdout)
+
+
+def claim_processors() -> None:
+    """Where Linux shares out processor time by session first (autogroups), a process's own priority counts only within
+    its session: so this run's whole session goes before the others. Only root may; elsewhere nothing changes."""
+    group = Path("/proc/self/autogroup")
+    if os.geteuid() == 0 and group.exists():
+        with contextlib.suppress(OSError):
+            group.write_text("-20")
 
 
 def describe() -> dict[str, Any]:

@@ -44,8 +44,10 @@ class Testpmd:
         processor: int = 0,
         memory_mib: int = MEMORY_MIB,
         urgent: bool = False,
+        system: Sequence[str] = (),
     ) -> None:
-        """`urgent`: before everything else that wants the processor, where this user may ask for that."""
+        """`options` are testpmd's own, `system` more of those of DPDK's environment layer. `urgent`: before everything
+        else that wants the processor, where this user may ask for that."""
         self.command_line = [
             *(("nice", "-n", "-20") if urgent and os.geteuid() == 0 else ()),
             # Its prompt goes out at once, but what it prints waits in a buffer unless it is told otherwise.
@@ -54,7 +56,7 @@ class Testpmd:
             *("--lcores", f"(0,1)@{processor}"),
             *("--no-huge", "--single-file-segments", "-m", str(memory_mib)),
             *("--no-pci", "--no-telemetry", "--no-shconf", "--iova-mode", "va", "--file-prefix", directory.name),
-            "--log-level=lib.vhost*:error",
+            *("--log-level=lib.vhost*:error", *system),
             *(word for vdev in vdevs for word in ("--vdev", vdev)),
             *("--", "--interactive", "--total-num-mbufs=8192", "--mask-event=all", "--disable-link-check", *options),
         ]

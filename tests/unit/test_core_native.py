@@ -24,7 +24,7 @@ TIMEOUT_S = 60
 SPLIT = ""
 # What is about the ring; the other cases would show the same again, or only take long.
 RING_CASES = (
-    *toolchain.case_names("device_lies", "flow", "threads_lies"),
+    *toolchain.case_names("copies", "device_lies", "flow", "threads_lies"),
     "idle-idle_after_interrupts",
     "idle-idle_while_the_tx_queue_is_full",
     "threads_echo-echo_with_completions_out_of_order",
@@ -55,6 +55,7 @@ THREAD_CASES = [
     (SPLIT, case)
     for case in (
         "threads_echo-echo_of_every_length_in_bursts",
+        "threads_echo-echo_with_short_frames_copied",
         "threads_echo-echo_of_every_length_with_intx",
         "threads_echo-echo_with_completions_out_of_order",
         "threads_echo-echo_across_the_wrap_of_the_port_ring_counts",

@@ -171,7 +171,7 @@ def test_what_the_device_is_told_of_its_queues(make: Make) -> None:
             (control.descriptors, 16 * control.size),
             (control.driver_area, 6 + 2 * control.size),
             (control.device_area, 6 + 8 * control.size),
-            (bench.net.tx_headers.iova, bench.net.tx_headers.size),
+            (bench.net.tx_slots.iova, bench.net.tx_slots.size),
         ]
     )
     (block,) = bench.dma.open
@@ -615,7 +615,7 @@ def test_a_device_is_not_started_before_it_is_configured(make: Make) -> None:
     assert bench.model.notified == []
 
 
-@pytest.mark.parametrize("what", ["facts", "negotiation", "rx", "tx", "tx_headers"])
+@pytest.mark.parametrize("what", ["facts", "negotiation", "rx", "tx", "tx_slots"])
 def test_what_configure_finds_out_is_not_there_before_or_after(make: Make, what: str) -> None:
     bench = make()
     with pytest.raises(WrongState, match=r"FOUND .*; configure it first"):

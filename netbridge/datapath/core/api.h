@@ -31,10 +31,10 @@ enum nb_offload {
     NB_HOST_USO = 56
 };
 
-/* NET_HEADER_BYTES: of struct virtio_net_hdr with num_buffers (virtio 1.3 §5.1.6). TX_HEADER_STRIDE: from one slot for a
- * sent frame's header to the next. MOST_PIECES: buffers of one frame, more than 64 KiB need. MOST_PAIRS: receive and transmit
- * queues of one device. */
-enum { NB_NET_HEADER_BYTES = 12, NB_TX_HEADER_STRIDE = 16, NB_MOST_PIECES = 64, NB_MOST_PAIRS = 8 };
+/* NET_HEADER_BYTES: of struct virtio_net_hdr with num_buffers (virtio 1.3 §5.1.6). TX_SLOT_BYTES: of the driver's private
+ * memory for one sent frame (tx_slot.h). TX_MOST_COPIED: of a frame, as fit there. MOST_PIECES: buffers of one frame, more
+ * than 64 KiB need. MOST_PAIRS: receive and transmit queues of one device. */
+enum { NB_NET_HEADER_BYTES = 12, NB_TX_SLOT_BYTES = 256, NB_TX_MOST_COPIED = 192, NB_MOST_PIECES = 64, NB_MOST_PAIRS = 8 };
 
 /* Regions a DMA handle can name. */
 enum nb_region_id { NB_REGION_RX = 1, NB_REGION_TX = 2 };
@@ -273,10 +273,13 @@ struct nb_pump_config {
     struct nb_ring_place rx_free;
     struct nb_ring_place tx_active;
     struct nb_ring_place tx_done;
-    /* Headers of sent frames, in memory that no client sees: slots of NB_TX_HEADER_STRIDE bytes, zeroed. The first stays so,
-     * for every frame that asks for nothing; with offloads on the transmit side one more for each TX buffer. */
-    uint8_t *tx_headers;
-    uint64_t tx_headers_iova;
+    /* Slots of sent frames, in memory that no client sees: NB_TX_SLOT_BYTES each, zeroed and aligned to 64 bytes. The first
+     * stays so, its header is that of every frame that asks for nothing; with offloads on the transmit side, or frames that
+     * are copied, one more for each TX buffer. */
+    uint8_t *tx_slots;
+    uint64_t tx_slots_iova;
+    uint32_t tx_copied; /* frames up to so many bytes take one descriptor, for a copy behind its header (tx_slot.h);
+                         * NB_TX_MOST_COPIED at most. 0: none is copied */
     uint64_t offloads;         /* 1 << enum nb_offload: what device and client agreed on */
     uint32_t net_header_bytes; /* in front of every frame, both ways */
     uint32_t rx_max_pieces;    /* buffers one received frame may span; 1: MRG_RXBUF was not agreed */
@@ -318,9 +321,9 @@ void nb_pump_prime(struct nb_pump *pump);
  * it. Returns how many frames were lost. The pump must not run again before nb_pump_resume. */
 uint64_t nb_pump_salvage(struct nb_pump *pump);
 /* Gives the device its new queues, as nb_pump_new and nb_pump_prime did, before DRIVER_OK. -1: they do not suit the session:
- * another number of pairs, other vectors, or too short. `tx_headers` as in nb_pump_config, zeroed. */
-int nb_pump_resume(struct nb_pump *pump, const struct nb_pump_pair *pairs, uint32_t pair_count, uint8_t *tx_headers,
-                   uint64_t tx_headers_iova);
+ * another number of pairs, other vectors, or too short. `tx_slots` as in nb_pump_config, zeroed. */
+int nb_pump_resume(struct nb_pump *pump, const struct nb_pump_pair *pairs, uint32_t pair_count, uint8_t *tx_slots,
+                   uint64_t tx_slots_iova);
 /* The device has let go of one of the queues (RING_RESET): its RX buffers are the driver's again, its TX buffers go back to
  * the client, their frames unsent. The queue is as new, to be set up and enabled again; the next round fills it. Returns how
  * many chains were in flight; -1: out of memory, or the queue is none of the pump's. */

@@ -153,11 +153,15 @@ static bool headers_are_consistent(const struct nb_pump_config *config)
                                  rx->stride % 2 == 0;
     /* What a client may put in front of a frame is read in words of 32 bits. */
     bool offers = config->offloads & TX_OFFLOADS;
-    bool offered_header_is_valid = config->net_header_bytes == NB_NET_HEADER_BYTES && config->tx_headers &&
+    bool offered_header_is_valid = config->net_header_bytes == NB_NET_HEADER_BYTES && config->tx_slots &&
                                    tx->headroom >= NB_NET_HEADER_BYTES &&
                                    ((uintptr_t)tx->base + tx->headroom) % 4 == 0 && tx->stride % 4 == 0;
-    return config->net_header_bytes <= rx->headroom && config->net_header_bytes <= NB_TX_HEADER_STRIDE &&
-           (!merges || merge_header_is_valid) && (!offers || offered_header_is_valid);
+    /* Whole lines are copied, whatever the frame's length. */
+    bool copies = config->tx_copied != 0;
+    bool copy_is_valid = config->tx_slots && config->tx_copied <= NB_TX_MOST_COPIED &&
+                         ledger_room(config->tx_ledger) >= NB_TX_MOST_COPIED;
+    return config->net_header_bytes <= rx->headroom && config->net_header_bytes <= NB_NET_HEADER_BYTES &&
+           (!merges || merge_header_is_valid) && (!offers || offered_header_is_valid) && (!copies || copy_is_valid);
 }
 
 static bool pairs_are_consistent(const struct nb_pump_config *config)

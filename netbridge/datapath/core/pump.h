@@ -20,12 +20,13 @@
 #include "net_header.h"
 #include "polling.h"
 #include "port_ring.h"
+#include "tx_slot.h"
 #include "virtqueue.h"
 
 enum { ETHERNET_HEADER = 14, NO_BUFFER = UINT32_MAX };
 
-/* Received chains that are taken at once, and their headers fetched: not more than a processor has cache lines under way. */
-enum { TAKEN_AT_ONCE = 8 };
+/* Received chains that are taken at once, and their headers fetched: by the time the last is taken, the first is there. */
+enum { TAKEN_AT_ONCE = 32 };
 
 /* A negative verdict carries what happened: the enum nb_refusal or enum nb_device_fault is recovered from it. */
 enum { CLIENT_FAULT = -1000, DEVICE_FAULT = -2000 };
@@ -102,7 +103,7 @@ static inline struct pump_pair *pair_in_turn(struct nb_pump *pump, uint32_t i)
 /* Where the device reads the header of a sent frame that has one, by the frame's first buffer. */
 static inline struct net_header *tx_header_of(const struct nb_pump *pump, uint32_t first)
 {
-    return (struct net_header *)(void *)(pump->config.tx_headers + (uint64_t)(1 + first) * NB_TX_HEADER_STRIDE);
+    return (struct net_header *)(void *)(pump->config.tx_slots + tx_slot_offset(1 + first));
 }
 
 /* Publishes what was added to a queue, and tells the device if it wants to be told. */

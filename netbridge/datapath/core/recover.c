@@ -75,8 +75,8 @@ uint64_t nb_pump_salvage(struct nb_pump *pump)
     return lost;
 }
 
-int nb_pump_resume(struct nb_pump *pump, const struct nb_pump_pair *pairs, uint32_t pair_count, uint8_t *tx_headers,
-                   uint64_t tx_headers_iova)
+int nb_pump_resume(struct nb_pump *pump, const struct nb_pump_pair *pairs, uint32_t pair_count, uint8_t *tx_slots,
+                   uint64_t tx_slots_iova)
 {
     struct nb_pump_config *config = &pump->config;
     if (pair_count != config->pair_count)
@@ -90,8 +90,8 @@ int nb_pump_resume(struct nb_pump *pump, const struct nb_pump_pair *pairs, uint3
         pump->pairs[i].rx_queue = pairs[i].rx_queue;
         pump->pairs[i].tx_queue = pairs[i].tx_queue;
     }
-    config->tx_headers = tx_headers;
-    config->tx_headers_iova = tx_headers_iova;
+    config->tx_slots = tx_slots;
+    config->tx_slots_iova = tx_slots_iova;
     if (pump->gathered.pieces != 0 && pump->gathered.has_header)
         memcpy(tx_header_of(pump, pump->gathered.first), pump->kept_header, sizeof(pump->kept_header));
     pump_show_free_buffers(pump);

@@ -2,7 +2,7 @@
  *
  * A frame's pieces are gathered until the last of them is there, each checked as it comes; until then they wait for nobody.
  * A frame that is whole goes to its queue, or waits behind its queue's backlog. Most frames are one piece without a header,
- * and go straight through.
+ * and go straight through; the short ones among them as a copy (tx_slot.h).
  */
 #include "pump.h"
 
@@ -10,12 +10,14 @@
 
 #include "counting.h"
 
+enum { FETCHED_AHEAD = 8 }; /* entries */
+
 /* ---- To the device -------------------------------------------------------------------------------------------- */
 
 static uint64_t header_iova(const struct nb_pump *pump, uint32_t first)
 {
     uint32_t slot = pump->tx_pieces[first].has_header ? 1 + first : 0;
-    return pump->config.tx_headers_iova + (uint64_t)slot * NB_TX_HEADER_STRIDE;
+    return pump->config.tx_slots_iova + tx_slot_offset(slot);
 }
 
 static bool has_room_for(const struct pump_pair *pair, uint32_t pieces)
@@ -186,10 +188,29 @@ static inline bool send_simple(struct nb_pump *pump, struct nb_entry entry)
         return false;
     uint32_t buffer = (uint32_t)checked;
     ledger_move(ledger, buffer, NB_OWNER_CLIENT, NB_OWNER_DEVICE);
-    const struct nb_segment segments[2] = {{pump->config.tx_headers_iova, pump->config.net_header_bytes},
+    const struct nb_pump_config *config = &pump->config;
+    if (entry.len <= config->tx_copied) {
+        uint64_t slot = tx_slot_offset(1 + buffer);
+        tx_slot_copy(config->tx_slots + slot, ledger_address(ledger, buffer) + ledger->region.headroom, entry.len);
+        struct nb_segment segment = tx_slot_segment(config->tx_slots_iova + slot, config->net_header_bytes, entry.len);
+        virtqueue_add(pair->tx_queue, &segment, 1, 0, buffer);
+        return true;
+    }
+    const struct nb_segment segments[2] = {{config->tx_slots_iova, config->net_header_bytes},
                                            {ledger_iova(ledger, buffer) + ledger->region.headroom, entry.len}};
     virtqueue_add(pair->tx_queue, segments, 2, 0, buffer);
     return true;
+}
+
+/* Asks for the frame that an entry a little further on names, if it is to be copied: its client wrote it just now. A wrong
+ * handle does no harm; it is looked at when its turn comes. */
+static inline void fetch_ahead(const struct nb_pump *pump, uint32_t position)
+{
+    const struct nb_ledger *ledger = pump->config.tx_ledger;
+    const struct nb_entry *entry = ring_slot(&pump->config.tx_active, position + FETCHED_AHEAD);
+    uint32_t index = handle_index(load_once_64(&entry->dma_handle));
+    if (index < ledger->region.count)
+        __builtin_prefetch(ledger_address(ledger, index) + ledger->region.headroom);
 }
 
 /* The longer way, with a copy of its own of the entry at `position`: nothing was decided by the first. How many frames are
@@ -216,8 +237,11 @@ int pump_transmit(struct nb_pump *pump)
     uint32_t position = pump->tx_active_taken;
     uint32_t frames = moved, taken = 0;
     int verdict = 0;
+    bool copies = pump->config.tx_copied != 0;
     while (taken < waiting && taken < pump->config.burst) {
         uint32_t next = position;
+        if (copies && taken + FETCHED_AHEAD < waiting)
+            fetch_ahead(pump, position);
         if (send_simple(pump, ring_take(&ring, &next)))
             frames++;
         else if (!pump_can_transmit(pump))

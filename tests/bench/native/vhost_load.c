@@ -1,18 +1,21 @@
 /* A load on the core's virtqueues, on one processor: a generator, a sink, and an echo, as a shared object.
  *
  * It does what the pump does to a virtqueue, with its calls and its burst, and nothing of what the pump does to the port.
- * So beside DPDK's own front-end it says what the virtqueues cost. A sent frame has a descriptor for the header and one for
- * itself, as the pump's have. The generator writes the first 42 bytes of each frame, as testpmd's does.
+ * So beside DPDK's own front-end it says what the virtqueues cost. What the generator sends goes the pump's way: a short
+ * frame is copied behind its header, a longer one has a descriptor for the header and one for itself. The generator writes
+ * the first 42 bytes of each frame, as testpmd's does. The echo, as testpmd's, has no client: it sends a frame in the buffer
+ * that it came in.
  */
 #include <stdbool.h>
 #include <stdint.h>
 #include <string.h>
 
+#include "tx_slot.h"
 #include "virtqueue.h"
 
-enum { BURST = 64, TAKEN_AT_ONCE = 8, HEADER_BYTES = 12, NUM_BUFFERS_OFFSET = 10, TEMPLATE_BYTES = 42, LOAD_BUFFERS = 4096 };
+enum { BURST = 64, TAKEN_AT_ONCE = 32, HEADER_BYTES = 12, HEADROOM = 64, NUM_BUFFERS_OFFSET = 10, TEMPLATE_BYTES = 42, LOAD_BUFFERS = 4096 };
 
-/* `memory` is `buffers` buffers of `stride` bytes; a frame lies at HEADER_BYTES in its buffer. */
+/* `memory` is `buffers` buffers of `stride` bytes; a frame lies at HEADROOM in its buffer, as in those of the port. */
 struct load {
     struct nb_virtqueue *rx;
     struct nb_virtqueue *tx;
@@ -20,7 +23,9 @@ struct load {
     uint64_t iova;
     uint32_t stride;
     uint32_t length;      /* of a generated frame */
-    uint64_t header_iova; /* HEADER_BYTES of zeroes */
+    uint8_t *slots;       /* tx_slot.h: one of zeroes, one for each buffer */
+    uint64_t slots_iova;
+    uint32_t copied;      /* frames up to so many bytes are */
     int32_t merges;       /* MRG_RXBUF was agreed: the header says of how many buffers a frame is */
     int32_t stop;         /* set by another thread */
     uint32_t free_count;
@@ -39,16 +44,22 @@ static void publish(struct nb_virtqueue *queue)
 
 static void post(struct load *load, uint32_t buffer)
 {
-    struct nb_segment segment = {load->iova + (uint64_t)buffer * load->stride, load->stride};
+    uint32_t before = HEADROOM - HEADER_BYTES;
+    struct nb_segment segment = {load->iova + (uint64_t)buffer * load->stride + before, load->stride - before};
     virtqueue_add(load->rx, &segment, 0, 1, buffer);
 }
 
 static void send(struct load *load, uint32_t buffer, uint32_t length)
 {
-    struct nb_segment segments[] = {
-        {load->header_iova, HEADER_BYTES},
-        {load->iova + (uint64_t)buffer * load->stride + HEADER_BYTES, length},
-    };
+    uint64_t place = (uint64_t)buffer * load->stride + HEADROOM;
+    if (length <= load->copied) {
+        uint64_t slot = tx_slot_offset(1 + buffer);
+        tx_slot_copy(load->slots + slot, load->memory + place, length);
+        struct nb_segment segment = tx_slot_segment(load->slots_iova + slot, HEADER_BYTES, length);
+        virtqueue_add(load->tx, &segment, 1, 0, buffer);
+        return;
+    }
+    struct nb_segment segments[] = {{load->slots_iova, HEADER_BYTES}, {load->iova + place, length}};
     virtqueue_add(load->tx, segments, 2, 0, buffer);
 }
 
@@ -80,19 +91,30 @@ int64_t load_transmit(struct load *load)
         if (done < 0)
             return done;
         frames += done;
-        for (int i = 0; i < BURST && load->free_count && virtqueue_has_room(load->tx, 2); i++) {
-            uint32_t buffer = load->free[--load->free_count];
-            memcpy(load->memory + (uint64_t)buffer * load->stride + HEADER_BYTES, template, TEMPLATE_BYTES);
-            send(load, buffer, load->length);
-        }
+        /* First the frames, then what is done with them: another process made those of the pump. */
+        uint32_t room = virtqueue_room(load->tx, 2), burst = room < BURST ? room : BURST;
+        burst = load->free_count < burst ? load->free_count : burst;
+        const uint32_t *buffers = &load->free[load->free_count -= burst];
+        for (uint32_t i = 0; i < burst; i++)
+            memcpy(load->memory + (uint64_t)buffers[i] * load->stride + HEADROOM, template, TEMPLATE_BYTES);
+        for (uint32_t i = 0; i < burst; i++)
+            send(load, buffers[i], load->length);
         publish(load->tx);
     }
     return frames;
 }
 
-static const uint8_t *num_buffers_of(const struct load *load, const struct nb_used *used)
+static uint8_t *header_of(const struct load *load, uint32_t buffer)
 {
-    return load->memory + (uint64_t)used->buffer * load->stride + NUM_BUFFERS_OFFSET;
+    return load->memory + (uint64_t)buffer * load->stride + HEADROOM - HEADER_BYTES;
+}
+
+/* In the buffer that it came in, behind a header that asks for nothing: there is nobody who could change it. */
+static void send_back(struct load *load, uint32_t buffer, uint32_t length)
+{
+    memset(header_of(load, buffer), 0, HEADER_BYTES);
+    struct nb_segment segment = {load->iova + (uint64_t)buffer * load->stride + HEADROOM - HEADER_BYTES, HEADER_BYTES + length};
+    virtqueue_add(load->tx, &segment, 1, 0, buffer);
 }
 
 /* Takes up to `most` buffers, and fetches their headers if they say something, as the pump does. */
@@ -101,7 +123,7 @@ static inline int take_buffers(struct load *load, struct nb_used *used, int most
     int got = virtqueue_take_burst(load->rx, used, lesser(most, TAKEN_AT_ONCE), last);
     if (load->merges)
         for (int i = 0; i < got; i++)
-            __builtin_prefetch(num_buffers_of(load, &used[i]));
+            __builtin_prefetch(header_of(load, used[i].buffer));
     return got;
 }
 
@@ -114,17 +136,17 @@ static inline int take(struct load *load, bool echo)
         return done;
     int most = lesser(done, BURST);
     if (echo)
-        most = lesser(most, (int)virtqueue_room(load->tx, 2));
+        most = lesser(most, (int)virtqueue_room(load->tx, 1));
     while (taken < most && last > 0) {
         int got = take_buffers(load, used, most - taken, &last);
         for (int i = 0; i < got; i++) {
             uint16_t pieces = 1;
             if (load->merges)
-                memcpy(&pieces, num_buffers_of(load, &used[i]), sizeof(pieces));
+                memcpy(&pieces, header_of(load, used[i].buffer) + NUM_BUFFERS_OFFSET, sizeof(pieces));
             if (pieces != 1 || used[i].written < HEADER_BYTES)
                 return -1 - NB_FAULT_NUM_BUFFERS;
             if (echo)
-                send(load, used[i].buffer, used[i].written - HEADER_BYTES);
+                send_back(load, used[i].buffer, used[i].written - HEADER_BYTES);
             else
                 load->free[load->free_count++] = used[i].buffer;
         }

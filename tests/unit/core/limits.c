@@ -106,7 +106,9 @@ TEST(pump_of_an_impossible_configuration)
     REFUSE(config.pair_count = 0);
     REFUSE(config.pair_count = 2); /* and nothing in the second */
     REFUSE(config.pair_count = 9);
-    REFUSE(config.offloads = 1 << NB_CSUM; config.tx_headers = NULL);
+    REFUSE(config.offloads = 1 << NB_CSUM; config.tx_slots = NULL);
+    REFUSE(config.tx_copied = 1; config.tx_slots = NULL);
+    REFUSE(config.tx_copied = NB_TX_MOST_COPIED + 1; config.tx_slots = world.header.device);
     REFUSE(config.intx_fd = world.control_fd); /* INTx, and no ISR status to read */
     world_close(&world);
 }

@@ -262,7 +262,7 @@ class World:
         config.rx_ledger, config.tx_ledger = self.rx_ledger, self.tx_ledger
         for name in ("rx_active", "rx_free", "tx_active", "tx_done"):
             getattr(self, name).place(getattr(config, name))
-        config.tx_headers_iova, config.net_header_bytes = HEADER_IOVA, HEADER
+        config.tx_slots_iova, config.net_header_bytes = HEADER_IOVA, HEADER
         config.tx_max_pieces, config.tx_largest_frame = 1, ROOM
         config.rx_max_pieces, config.rx_client_limit, config.burst = 1, limit, burst
         pair.rx_irq_fd, pair.tx_irq_fd, config.client_doorbell_fd, config.driver_doorbell_fd, self.control_fd = (

@@ -41,7 +41,7 @@ static uint64_t salvage(struct world *world)
 static void resume(struct world *world)
 {
     struct nb_pump_pair pair = {world->rx_queue, world->tx_queue, world->rx_irq_fd, world->tx_irq_fd};
-    CHECK_EQ(nb_pump_resume(world->pump, &pair, 1, world->header.driver, world->pump_config.tx_headers_iova), 0);
+    CHECK_EQ(nb_pump_resume(world->pump, &pair, 1, world->header.driver, world->pump_config.tx_slots_iova), 0);
     world_attach_device(world);
 }
 
@@ -218,7 +218,7 @@ TEST(queues_that_do_not_suit_the_session_are_refused)
     struct nb_pump_pair pair = {world.rx_queue, world.tx_queue, world.rx_irq_fd, world.tx_irq_fd};
     struct nb_pump_pair other_vector = pair;
     other_vector.tx_irq_fd = world.rx_irq_fd;
-    uint64_t iova = world.pump_config.tx_headers_iova;
+    uint64_t iova = world.pump_config.tx_slots_iova;
     CHECK_EQ(nb_pump_resume(world.pump, &pair, 2, world.header.driver, iova), -1);
     CHECK_EQ(nb_pump_resume(world.pump, &pair, 0, world.header.driver, iova), -1);
     CHECK_EQ(nb_pump_resume(world.pump, &other_vector, 1, world.header.driver, iova), -1);

@@ -31,6 +31,13 @@ TEST(echo_of_every_length_in_bursts)
     echo_through((struct world_config){0}, (struct traffic_config){.frames = 6000, .window = 60, .burst = 16});
 }
 
+/* Half of the frames are copied, half are not, in whatever order they come. */
+TEST(echo_with_short_frames_copied)
+{
+    echo_through((struct world_config){.tx_copied = NB_TX_MOST_COPIED},
+                 (struct traffic_config){.frames = 6000, .window = 60, .burst = 16, .scrambled = true});
+}
+
 TEST(echo_of_every_length_with_intx)
 {
     echo_through((struct world_config){.intx = true}, (struct traffic_config){.frames = 6000, .window = 60, .burst = 16});

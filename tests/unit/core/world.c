@@ -156,10 +156,10 @@ static void open_memory(struct world *world)
     CHECK_EQ(nb_virtqueue_layout(&world->tx_config, &world->tx_layout), 0);
     world->rx = share_memory((uint64_t)config->rx_count * STRIDE, READ, READ_WRITE, READ);
     /* What is in front of a frame is the driver's to read only if it may be a header. */
-    bool offers = config->offloads & TX_OFFLOADS;
-    world->tx = share_memory((uint64_t)config->tx_count * STRIDE, offers ? READ : NOT_AT_ALL, READ, READ_WRITE);
-    uint64_t headers = NB_TX_HEADER_STRIDE * (uint64_t)(offers ? 1 + config->tx_count : 1);
-    world->header = share_memory(headers, offers ? READ_WRITE : NOT_AT_ALL, READ, NOT_AT_ALL);
+    bool offers = config->offloads & TX_OFFLOADS, reads = offers || config->tx_copied;
+    world->tx = share_memory((uint64_t)config->tx_count * STRIDE, reads ? READ : NOT_AT_ALL, READ, READ_WRITE);
+    uint64_t headers = NB_TX_SLOT_BYTES * (uint64_t)(reads ? 1 + config->tx_count : 1);
+    world->header = share_memory(headers, reads ? READ_WRITE : NOT_AT_ALL, READ, NOT_AT_ALL);
     world->rx_memory = share_memory(world->rx_layout.bytes, READ_WRITE, READ_WRITE, NOT_AT_ALL);
     world->tx_memory = share_memory(world->tx_layout.bytes, READ_WRITE, READ_WRITE, NOT_AT_ALL);
     world->rx_config.memory = world->rx_memory.driver;
@@ -172,7 +172,7 @@ static void open_memory(struct world *world)
     poison_headrooms(world->rx.driver, config->rx_count, HEADER);
     poison_headrooms(world->rx.device, config->rx_count, HEADER);
     poison_headrooms(world->rx.client, config->rx_count, HEADER);
-    poison_headrooms(world->tx.driver, config->tx_count, HEADER);
+    poison_headrooms(world->tx.driver, config->tx_count, offers ? HEADER : 0);
     poison_headrooms(world->tx.device, config->tx_count, 0);
     poison_headrooms(world->tx.client, config->tx_count, offers ? HEADER : 0);
     poison_queue_gaps(world->rx_memory.driver, &world->rx_layout, config->rx_size, config->ring.packed);
@@ -266,7 +266,7 @@ static void open_device(struct world *world)
     fake_window_add(device, (struct fake_window){RX_IOVA, world->rx.device, world->rx.bytes, STRIDE, true, true});
     fake_window_add(device, (struct fake_window){TX_IOVA, world->tx.device, world->tx.bytes, STRIDE, true, false});
     fake_window_add(device, (struct fake_window){HEADER_IOVA, world->header.device, world->header.bytes,
-                                                 NB_TX_HEADER_STRIDE, true, false});
+                                                 NB_TX_SLOT_BYTES, true, false});
     fake_window_add(device, (struct fake_window){RX_QUEUE_IOVA, world->rx_memory.device, world->rx_memory.bytes, 0, true, true});
     fake_window_add(device, (struct fake_window){TX_QUEUE_IOVA, world->tx_memory.device, world->tx_memory.bytes, 0, true, true});
     world_attach_device(world);
@@ -353,8 +353,9 @@ static void open_pump(struct world *world)
         .rx_free = place_ring(world, RX_FREE, false),
         .tx_active = place_ring(world, TX_ACTIVE, false),
         .tx_done = place_ring(world, TX_DONE, false),
-        .tx_headers = world->header.driver,
-        .tx_headers_iova = HEADER_IOVA,
+        .tx_slots = world->header.driver,
+        .tx_slots_iova = HEADER_IOVA,
+        .tx_copied = config->tx_copied,
         .offloads = config->offloads,
         .net_header_bytes = HEADER,
         .rx_max_pieces = config->max_pieces,

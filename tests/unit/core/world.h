@@ -2,7 +2,7 @@
  * and a client.
  *
  * Driver, device and client each have mappings of their own, with the rights they have in a real session: the driver only
- * reads RX buffers (the header) and cannot see TX buffers at all, the client only reads RX buffers, the device only reads
+ * reads RX buffers (the header) and cannot see TX buffers at all unless it may have to copy from them, the client only reads RX buffers, the device only reads
  * TX buffers. Inaccessible pages lie around every mapping, and AddressSanitizer guards what is left between. Under
  * ThreadSanitizer all share one mapping, since it knows memory by its virtual address.
  */
@@ -28,6 +28,7 @@ struct world_config {
     uint32_t tx_max_pieces;   /* [1] */
     uint32_t tx_largest_frame; /* [as much as the pieces hold] */
     uint64_t offloads;        /* [none] */
+    uint32_t tx_copied;       /* [0: no frame is copied] */
     uint32_t pairs;           /* [1] */
     uint32_t client_limit;    /* [rx_count] */
     uint32_t burst;           /* [64] */

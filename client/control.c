@@ -20,8 +20,9 @@ enum {
     MOST_MTU = 65535,
 };
 
-static const char *const NAMES[] = {"", "HELLO", "WELCOME", "READY", "LINK", "BYE"};
-static const uint32_t SIZES[] = {0, HELLO_BYTES, WELCOME_BYTES, READY_BYTES, LINK_BYTES, BYE_BYTES};
+static const char *const NAMES[] = {"", "HELLO", "WELCOME", "READY", "LINK", "BYE", "FILTER", "MAC", "ANSWER"};
+static const uint32_t SIZES[] = {0,          HELLO_BYTES,  WELCOME_BYTES, READY_BYTES, LINK_BYTES,
+                                 BYE_BYTES, FILTER_BYTES, MAC_BYTES,     ANSWER_BYTES};
 static const char *const REASONS[] = {
     "no reason given",
     "orderly shutdown",
@@ -67,7 +68,7 @@ static bool may_pass(enum netbridge_error error, int reason)
 static int note(struct netbridge *port, enum netbridge_error error, int reason, const char *format, va_list arguments)
 {
     struct netbridge_failure *failure = &port->failure;
-    if (failure->error && failure->error != NETBRIDGE_MISUSE)
+    if (ends_session(failure->error))
         return failure->error;
     failure->error = error;
     failure->reason = reason;
@@ -136,6 +137,8 @@ void control_hello(const struct netbridge *port, const char *name)
     put_header(message, HELLO);
     memcpy(message + 16, &version, 2);
     memcpy(message + 18, &version, 2);
+    const uint64_t offloads = htole64(port->asked_offloads);
+    memcpy(message + 24, &offloads, 8);
     memcpy(message + 32, name, strnlen(name, 32));
     control_send(port, message, sizeof(message));
 }
@@ -145,6 +148,16 @@ void control_ready(const struct netbridge *port)
     uint8_t message[READY_BYTES];
     put_header(message, READY);
     control_send(port, message, sizeof(message));
+}
+
+void control_request(const struct netbridge *port, enum message_type type, const void *body, uint32_t size)
+{
+    uint8_t message[FILTER_BYTES];
+    const uint32_t request = htole32(port->request);
+    put_header(message, type);
+    memcpy(message + HEADER_BYTES, &request, 4);
+    memcpy(message + HEADER_BYTES + 4, body, size);
+    control_send(port, message, SIZES[type]);
 }
 
 /* ---- In */
@@ -184,7 +197,7 @@ static int check_message(struct netbridge *port, struct message *message, size_t
         return broken(port, NETBRIDGE_REASON_VERSION, "a message of version %u; this side speaks %u",
                       get_16(bytes + 6), (unsigned)VERSION);
     uint16_t type = get_16(bytes + 4);
-    if (type < HELLO || type > BYE)
+    if (type < HELLO || type > ANSWER)
         return broken(port, NETBRIDGE_REASON_MALFORMED, "a message of unknown type %u", type);
     if (get_32(bytes + 8) != size || size != SIZES[type] || get_32(bytes + 12) != 0)
         return broken(port, NETBRIDGE_REASON_MALFORMED, "%s of %zu bytes instead of %u", NAMES[type], size,
@@ -192,6 +205,8 @@ static int check_message(struct netbridge *port, struct message *message, size_t
     message->type = (enum message_type)type;
     if (type == BYE && get_32(bytes + 20) != 0)
         return broken(port, NETBRIDGE_REASON_MALFORMED, "BYE whose reserved field is not zero");
+    if (type == ANSWER && (get_16(bytes + 20) > NETBRIDGE_FAILED || get_16(bytes + 22) != 0))
+        return broken(port, NETBRIDGE_REASON_MALFORMED, "ANSWER with a verdict or a reserved field that may not be");
     if (type != WELCOME && message->fd_count)
         return broken(port, NETBRIDGE_REASON_MALFORMED, "file descriptors where none belong");
     return 1;
@@ -241,6 +256,16 @@ bool read_facts(const uint8_t *at, struct netbridge_facts *facts)
     facts->mtu = mtu;
     facts->speed_mbps = get_32(at + 12);
     return true;
+}
+
+void note_answer(struct netbridge *port, const struct message *answer)
+{
+    if (get_32(answer->bytes + HEADER_BYTES) != port->request)
+        return;
+    port->answered = true;
+    port->verdict = get_16(answer->bytes + HEADER_BYTES + 4);
+    memcpy(port->answer_text, answer->bytes + HEADER_BYTES + 8, BYE_TEXT_BYTES);
+    port->answer_text[BYE_TEXT_BYTES] = 0;
 }
 
 int closed_by(struct netbridge *port, const struct message *bye)

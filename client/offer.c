@@ -9,6 +9,7 @@
 #include <sys/stat.h>
 
 #include "internal.h"
+#include "net_header.h"
 
 _Static_assert(__BYTE_ORDER == __LITTLE_ENDIAN, "rings and messages are little-endian");
 
@@ -120,7 +121,7 @@ static int check_regions(struct netbridge *port, const struct offer *offer)
     return 0;
 }
 
-/* How long a sent frame may be, and of how many buffers; this library sends those of one. After check_regions. */
+/* How long a sent frame may be, and of how many buffers. After check_regions. */
 static int check_longest_frame(struct netbridge *port, const struct offer *offer)
 {
     const struct region *tx = &offer->regions[1];
@@ -181,8 +182,11 @@ int take_offer(struct netbridge *port, const struct message *welcome)
     if (offer.session == 0 || offer.queue_pairs == 0 || offer.queue_pairs > MOST_PAIRS ||
         !read_facts(offer.facts, &port->facts))
         return broken(port, NETBRIDGE_REASON_MALFORMED, "WELCOME with a session, queue pairs or facts that may not be");
-    if (offer.offloads != 0)
-        return broken(port, NETBRIDGE_REASON_MALFORMED, "WELCOME with offloads that were not asked for");
+    if (offer.offloads & ~(uint64_t)(TX_OFFLOADS | RX_OFFLOADS))
+        return broken(port, NETBRIDGE_REASON_MALFORMED, "WELCOME with offloads that nobody knows");
+    if (offer.offloads & ~port->asked_offloads)
+        REFUSE("offloads %#llx, of which only %#llx were asked for", (unsigned long long)offer.offloads,
+               (unsigned long long)port->asked_offloads);
     if ((error = check_regions(port, &offer)) || (error = check_longest_frame(port, &offer)) ||
         (error = check_rings(port, &offer)))
         return error;
@@ -214,6 +218,7 @@ int take_offer(struct netbridge *port, const struct message *welcome)
     native->tx_largest_frame = offer.tx_largest;
     native->tx_max_pieces = offer.tx_pieces;
     native->queue_pairs = offer.queue_pairs;
+    native->offloads = offer.offloads;
     port->session = offer.session;
     port->rx_limit = offer.rx_limit;
     if (nb_client_init(native) != 0)

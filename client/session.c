@@ -1,10 +1,9 @@
-/* The public functions: a session from connecting to closing. The rings are the core's (netbridge/datapath/core/client.c);
- * here is who has which buffer, so that neither the driver nor the caller can have one twice. */
+/* A session from connecting to closing, and waiting for something to happen in it. The rings are the core's
+ * (netbridge/datapath/core/client.c). */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <limits.h>
 #include <poll.h>
-#include <stddef.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
@@ -17,31 +16,20 @@
 #include "internal.h"
 #include "port_ring.h"
 
-#define SAME(field)                                                                                                    \
-    _Static_assert(offsetof(struct netbridge_piece, field) == offsetof(struct nb_piece, field), "one layout")
-SAME(dma_handle);
-SAME(data);
-SAME(len);
-SAME(flags);
-SAME(queue);
-_Static_assert(sizeof(struct netbridge_piece) == sizeof(struct nb_piece), "one layout");
-_Static_assert((int)NETBRIDGE_MORE == NB_MORE && (int)NETBRIDGE_CONTINUATION == NB_CONTINUATION, "the same flags");
 _Static_assert((int)NETBRIDGE_WAIT_RECEIVE == NB_WAIT_RECEIVE && (int)NETBRIDGE_WAIT_ALLOCATE == NB_WAIT_ALLOCATE &&
                    (int)NETBRIDGE_WAIT_CONTROL == NB_WAIT_CONTROL,
                "the same bits");
 
-static uint32_t index_of(uint64_t dma_handle) { return (uint32_t)dma_handle & 0xffffff; }
-static uint8_t region_of(uint64_t dma_handle) { return (uint8_t)(dma_handle >> 24); }
-
-/* 0 while the session lasts, else what ended it. */
-static int ended(const struct netbridge *port)
+bool ends_session(int error)
 {
-    return port->failure.error == NETBRIDGE_MISUSE ? 0 : port->failure.error;
+    return error && error != NETBRIDGE_MISUSE && error != NETBRIDGE_REFUSED && error != NETBRIDGE_TIMEOUT;
 }
+
+int ended(const struct netbridge *port) { return ends_session(port->failure.error) ? port->failure.error : 0; }
 
 /* ---- Connecting */
 
-static int64_t now_ms(void) { return (int64_t)(now_ns() / 1000000); }
+int64_t now_ms(void) { return (int64_t)(now_ns() / 1000000); }
 
 static bool is_name(const char *name)
 {
@@ -50,8 +38,7 @@ static bool is_name(const char *name)
     return length >= 1 && length <= 32 && strspn(name, alphabet) == length;
 }
 
-/* Waits until `fd` is ready for `events`: whether it was, before `deadline`. */
-static bool await(int fd, short events, int64_t deadline)
+bool await(int fd, short events, int64_t deadline)
 {
     for (;;) {
         int64_t left = deadline - now_ms();
@@ -117,7 +104,7 @@ static int watch(struct netbridge *port)
     return 0;
 }
 
-static int establish(struct netbridge *port, const char *path, const char *name, int timeout_ms)
+static int establish(struct netbridge *port, const char *path, const char *name, uint64_t offloads, int timeout_ms)
 {
     struct message welcome;
     int64_t deadline = now_ms() + timeout_ms;
@@ -127,6 +114,7 @@ static int establish(struct netbridge *port, const char *path, const char *name,
                     "a client's name is 1 to 32 letters, digits, '.', '_' or '-', and not \"%.40s\"", name);
     if ((error = open_control(port, path, deadline)))
         return error;
+    port->asked_offloads = offloads;
     control_hello(port, name);
     if ((error = await_welcome(port, &welcome, path, deadline)) || (error = take_offer(port, &welcome)) ||
         (error = watch(port)))
@@ -139,7 +127,7 @@ static int establish(struct netbridge *port, const char *path, const char *name,
     return netbridge_check(port);
 }
 
-struct netbridge *netbridge_connect(const char *path, const char *name, int timeout_ms,
+struct netbridge *netbridge_connect(const char *path, const char *name, uint64_t offloads, int timeout_ms,
                                     struct netbridge_failure *failure)
 {
     struct netbridge *port = calloc(1, sizeof(*port));
@@ -151,7 +139,7 @@ struct netbridge *netbridge_connect(const char *path, const char *name, int time
     port->control_fd = port->poll_fd = -1;
     for (int i = 0; i < FDS; i++)
         port->fds[i] = -1;
-    int error = establish(port, path, name, timeout_ms);
+    int error = establish(port, path, name, offloads, timeout_ms);
     if (failure)
         *failure = port->failure;
     if (error) {
@@ -191,6 +179,9 @@ const struct netbridge_failure *netbridge_last_failure(const struct netbridge *p
 const struct netbridge_facts *netbridge_facts(const struct netbridge *port) { return &port->facts; }
 uint16_t netbridge_session(const struct netbridge *port) { return port->session; }
 uint32_t netbridge_room(const struct netbridge *port) { return port->native.tx_stride - port->native.headroom; }
+uint32_t netbridge_largest(const struct netbridge *port) { return port->native.tx_largest_frame; }
+uint32_t netbridge_most_pieces(const struct netbridge *port) { return port->native.tx_max_pieces; }
+uint64_t netbridge_offloads(const struct netbridge *port) { return port->native.offloads; }
 uint32_t netbridge_rx_limit(const struct netbridge *port) { return port->rx_limit; }
 
 uint32_t netbridge_queue_pairs(const struct netbridge *port) { return port->native.queue_pairs; }
@@ -208,97 +199,16 @@ int netbridge_check(struct netbridge *port)
         if (message.type == WELCOME)
             for (int i = 0; i < FDS; i++)
                 close(message.fds[i]);
+        if (message.type == ANSWER) {
+            note_answer(port, &message);
+            continue;
+        }
         if (message.type != LINK)
             return broken(port, NETBRIDGE_REASON_UNEXPECTED, "a message out of place in a running session");
         if (!read_facts(message.bytes + HEADER_BYTES, &port->facts))
             return broken(port, NETBRIDGE_REASON_MALFORMED, "LINK with facts that may not be");
     }
     return got;
-}
-
-/* ---- Frames */
-
-static int misuse(struct netbridge *port, const char *what) { return fail(port, NETBRIDGE_MISUSE, 0, "%s", what); }
-
-int netbridge_receive(struct netbridge *port, struct netbridge_piece *pieces, uint32_t most)
-{
-    if (ended(port))
-        return ended(port);
-    int count = nb_client_receive(&port->native, (struct nb_piece *)pieces, most < INT_MAX ? most : INT_MAX);
-    if (count < 0)
-        return broken(port, NETBRIDGE_REASON_RING_FAULT, "an entry in rx_active that may not be");
-    for (int i = 0; i < count; i++) {
-        uint8_t *here = &port->rx_here[index_of(pieces[i].dma_handle)];
-        if (*here)
-            return broken(port, NETBRIDGE_REASON_RING_FAULT, "an RX buffer came twice");
-        *here = true;
-    }
-    return count;
-}
-
-int netbridge_allocate(struct netbridge *port, struct netbridge_piece *pieces, uint32_t most)
-{
-    if (ended(port))
-        return ended(port);
-    int count = nb_client_allocate(&port->native, (struct nb_piece *)pieces, most < INT_MAX ? most : INT_MAX);
-    if (count < 0)
-        return broken(port, NETBRIDGE_REASON_RING_FAULT, "an entry in tx_done that may not be");
-    for (int i = 0; i < count; i++) {
-        uint8_t *here = &port->tx_here[index_of(pieces[i].dma_handle)];
-        if (*here)
-            return broken(port, NETBRIDGE_REASON_RING_FAULT, "a TX buffer came twice");
-        *here = true;
-        /* Whatever it says the room is: a frame may have this much. */
-        pieces[i].len = netbridge_room(port);
-    }
-    return count;
-}
-
-/* Takes the buffers of these pieces from the client; takes none if one of them is not its own, or there twice. */
-static bool take_away(uint8_t *here, uint32_t buffers, uint8_t region, const struct netbridge_piece *pieces,
-                      uint32_t count)
-{
-    for (uint32_t i = 0; i < count; i++) {
-        uint32_t index = index_of(pieces[i].dma_handle);
-        if (region_of(pieces[i].dma_handle) == region && index < buffers && here[index]) {
-            here[index] = false;
-            continue;
-        }
-        while (i-- > 0)
-            here[index_of(pieces[i].dma_handle)] = true;
-        return false;
-    }
-    return true;
-}
-
-int netbridge_release(struct netbridge *port, const struct netbridge_piece *pieces, uint32_t count)
-{
-    if (ended(port))
-        return ended(port);
-    if (!take_away(port->rx_here, port->native.rx_count, NB_REGION_RX, pieces, count))
-        return misuse(port, "release: a piece that is not held, or is there twice");
-    nb_client_release(&port->native, (const struct nb_piece *)pieces, count);
-    return 0;
-}
-
-int netbridge_send(struct netbridge *port, const struct netbridge_piece *pieces, uint32_t count)
-{
-    if (ended(port))
-        return ended(port);
-    for (uint32_t i = 0; i < count; i++)
-        if (pieces[i].len < LEAST_FRAME || pieces[i].len > netbridge_room(port) || pieces[i].flags ||
-            pieces[i].queue >= port->native.queue_pairs)
-            return misuse(port, "send: a piece with flags, of no queue pair, or whose length is no frame's");
-    if (!take_away(port->tx_here, port->native.tx_count, NB_REGION_TX, pieces, count))
-        return misuse(port, "send: a buffer that is not held, or is there twice");
-    nb_client_send(&port->native, (const struct nb_piece *)pieces, count);
-    return 0;
-}
-
-void netbridge_flush(struct netbridge *port)
-{
-    if (!ended(port))
-        nb_client_flush(&port->native);
 }
 
 /* ---- Waiting */

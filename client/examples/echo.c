@@ -80,7 +80,7 @@ int main(int count, char **words)
     sigaction(SIGINT, &(struct sigaction){.sa_handler = stop}, NULL);
     do {
         struct netbridge *port =
-            netbridge_connect(count > 1 ? words[1] : NETBRIDGE_SOCKET, "echo-c", HANDSHAKE_MS, &failure);
+            netbridge_connect(count > 1 ? words[1] : NETBRIDGE_SOCKET, "echo-c", 0, HANDSHAKE_MS, &failure);
         if (!port)
             break;
         printf("session %u\n", netbridge_session(port));

@@ -19,8 +19,10 @@ import pytest
 
 from netbridge.ipc.errors import PortError, Reason
 from netbridge.ipc.messages import Bye, Link, Ready, Welcome, parse
+from netbridge.ipc.offloads import ALL_OFFLOADS, GSO_TCPV4, NEEDS_CSUM, Offload, VirtioNetHeader
 from netbridge.ipc.regions import SEALS
-from netbridge.ipc.server import ClientGone, ClientReady
+from netbridge.ipc.requests import Answer, Filter, Mac, Verdict
+from netbridge.ipc.server import ClientAsks, ClientGone, ClientReady
 from tests.unit.port_fakes import (
     DEADLINE_SECONDS,
     FACTS,
@@ -118,8 +120,11 @@ def probing(library: Path, path: Path, *words: str) -> Iterator[Probe]:
 
 
 @contextmanager
-def serving(path: Path, *, rx_limit: int | None = None) -> Iterator[tuple[ServedPort, OfferedSession]]:
-    with OfferedSession(rx_limit=rx_limit) as offered, ServedPort(path) as port:
+def serving(path: Path, **options: int | None) -> Iterator[tuple[ServedPort, OfferedSession]]:
+    with (
+        OfferedSession(**options) as offered,  # type: ignore[arg-type]
+        ServedPort(path, agree=lambda asked: asked & offered.session.offloads) as port,
+    ):
         with port.paused() as server:
             server.offer(offered.session)
         yield port, offered
@@ -248,6 +253,35 @@ def test_the_example(library: Path, path: Path) -> None:
             echo.communicate()
 
 
+def test_the_example_that_listens(library: Path, path: Path) -> None:
+    with serving(path, offloads=int(Offload.GUEST_TSO4)) as (port, offered):
+        driver = FakeRings(offered)
+        command = [str(library / "listen"), str(path), "01:00:5e:00:00:fb"]
+        listen = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        try:
+            assert isinstance(port.await_event(), ClientReady)
+            asked = port.await_event()
+            assert isinstance(asked, ClientAsks)
+            assert asked.request == Filter(1, multicast=(bytes.fromhex("01005e0000fb"),))
+            driver.deliver(frame(1, 3000), header=VirtioNetHeader(NEEDS_CSUM, GSO_TCPV4, gso_size=1448).pack())
+            assert listen.stdout is not None
+            wanted = [
+                "link up, MTU 1500, 52:54:00:12:34:56",
+                "1984 bytes, flags 1, segments of 1448",
+                "  and 1016 bytes",
+            ]
+            assert [listen.stdout.readline().rstrip("\n") for _ in wanted] == wanted
+            with port.paused() as server:
+                server.update(FACTS._replace(link_up=False))
+            assert listen.stdout.readline() == "link down, MTU 1500, 52:54:00:12:34:56\n"
+            listen.send_signal(signal.SIGTERM)
+            assert listen.communicate(timeout=DEADLINE_SECONDS) == ("", "")
+            assert listen.returncode == 0
+        finally:
+            listen.kill()
+            listen.communicate()
+
+
 def test_the_shared_library_and_its_pkg_config_file(library: Path, tmp_path: Path) -> None:
     """What pkg-config would say, taken from the file: it is not to be installed for this."""
     fields = dict(
@@ -267,6 +301,148 @@ def test_the_shared_library_and_its_pkg_config_file(library: Path, tmp_path: Pat
         for line in call("nm", "-g", "--defined-only", str(library / "lib/libnetbridge-client.a")).splitlines()
         if " T " in line
     }
+
+
+# ---- Facts, requests, offloads
+
+
+def test_the_facts_are_kept_up_to_date(library: Path, path: Path) -> None:
+    with serving(path) as (port, _), probing(library, path) as probe:
+        assert probe.ask("link") == "1 10000 0 52:54:00:12:34:56"
+        for facts, wanted in (
+            (FACTS._replace(link_up=False, speed_mbps=0), "0 0 0 52:54:00:12:34:56"),
+            (FACTS._replace(mac=bytes(range(6)), announce=True), "1 10000 1 00:01:02:03:04:05"),
+            (FACTS._replace(mac=bytes(range(6)), speed_mbps=25_000), "1 25000 1 00:01:02:03:04:05"),
+        ):
+            with port.paused() as server:
+                server.update(facts)
+            assert probe("wait", CONTROL) == CONTROL
+            assert probe("check") == 0
+            assert probe.ask("link") == wanted
+
+
+def test_filters_and_the_mac_address(library: Path, path: Path) -> None:
+    with serving(path) as (port, offered), probing(library, path) as probe:
+        FakeRings(offered)
+        port.await_event()
+        groups = tuple(bytes([1, 0, 0, 0, 0, i]) for i in range(1, 64))
+        cases: list[tuple[str, int, Filter | Mac]] = [
+            ("filter", 0, Filter(vlans=frozenset({0}), all_unicast=True, no_broadcast=True)),
+            (
+                "filter",
+                64,
+                Filter(
+                    all_unicast=True,
+                    no_broadcast=True,
+                    unicast=(bytes([2, 0, 0, 0, 0, 0]),),
+                    multicast=groups,
+                    vlans=frozenset({64}),
+                ),
+            ),
+            ("modes", 63, Filter(0, True, True, True, True, True, True)),
+            ("modes", 1, Filter(promiscuous=True)),
+            ("mac", 9, Mac(0, bytes([2, 0, 0, 0, 0, 9]))),
+        ]
+        for number, (word, count, wanted) in enumerate(cases, 1):
+            assert probe(word, count) == 0
+            asked = port.await_event()
+            assert isinstance(asked, ClientAsks)
+            assert asked.request == wanted._replace(request=number)
+        assert probe.ask("filter", 65) == f"{MISUSE} filter: 65 addresses: 64 at most"
+        assert probe.ask("modes", 64) == f"{MISUSE} filter: unknown modes 0x40"
+        for verdict in list(Verdict)[1:]:
+            port.verdict = (verdict, "no\x1b, sorry")
+            assert probe.ask("mac", 1) == "-7 the driver did not do what was asked for: no?, sorry"
+            assert probe("reason") == verdict
+        port.verdict = (Verdict.DONE, "")
+        assert (probe("mac", 2), probe("check"), probe("allocate", 1)) == (0, 0, 1), "the session goes on"
+
+
+def test_a_driver_that_answers_something_else_or_leaves(library: Path, path: Path) -> None:
+    def answer(connection: socket.socket) -> None:
+        socket.send_fds(connection, [welcome_of(offered).pack()], offered.session.fds())
+        assert parse(connection.recv(4096)) == Ready()
+        asked = parse(connection.recv(4096))
+        assert isinstance(asked, Mac)
+        connection.send(Answer(asked.request + 1, Verdict.REFUSED, "another's").pack())
+        connection.send(Link(FACTS._replace(mac=asked.mac)).pack())
+        connection.send(Answer(asked.request, Verdict.DONE).pack())
+        connection.recv(4096)
+        connection.send(Bye(Reason.DEVICE_RESET).pack())
+
+    with OfferedSession() as offered, LyingDriver(path, answer), probing(library, path) as probe:
+        assert probe("mac", 7) == 0
+        assert probe.ask("link") == "1 10000 0 02:00:00:00:00:07", "before the answer"
+        assert probe.ask("modes", 1) == "-2 the driver closed the port: the device was reset"
+        assert probe("mac", 7) == -2
+
+
+def test_frames_of_several_buffers(library: Path, path: Path) -> None:
+    room = STRIDE - HEADROOM
+    with (
+        serving(path, tx_count=8, tx_pieces=3, tx_largest=3 * room - 100, queue_pairs=2) as (_, offered),
+        probing(library, path) as probe,
+    ):
+        driver = FakeRings(offered)
+        assert probe("largest") == 3 * room - 100
+        assert probe("allocate", 2) == 2
+        assert (probe("length", 20), probe("fill", 0x41)) == (0, 2)
+        for word, number, says in (
+            ("flag", 1, "send: the last piece of a frame is missing"),
+            ("flag", 2, "send: flags that do not belong there"),
+            ("flag", 8, "send: flags that do not belong there"),
+            ("flag", 4, "send: a header, but the session has no offloads on the transmit side"),
+            ("queue", 2, "send: a piece of no queue pair, or of another than its frame's"),
+        ):
+            probe(word, number)
+            assert probe.ask("send", 1) == f"{MISUSE} {says}"
+            probe(word, 0)
+        assert probe("put_flags") == 2
+        probe("queue", 1)
+        assert "another than its frame's" in probe.ask("send", 2)
+        probe("queue", 0)
+        assert probe("send", 2) == 0
+        assert driver.await_sent(1) == [b"A" * (20 + room)]
+        assert probe("allocate", 3) == 3
+        assert probe("put_flags") == 3
+        assert probe.ask("send", 3) == f"{MISUSE} send: a length that is no frame's"
+        assert probe("length", room - 100) == 0
+        assert (probe("fill", 0x42), probe("send", 3)) == (3, 0)
+        assert driver.await_sent(1) == [b"B" * (3 * room - 100)]
+        assert (probe("allocate", 4), probe("put_flags")) == (4, 4)
+        assert probe.ask("send", 4) == f"{MISUSE} send: a frame of too many pieces"
+
+
+@pytest.mark.parametrize("asked", [ALL_OFFLOADS, ALL_OFFLOADS & ~Offload.HOST_USO, Offload.CSUM, 0, (1 << 64) - 1])
+def test_offloads(library: Path, path: Path, asked: int) -> None:
+    header = VirtioNetHeader(NEEDS_CSUM, GSO_TCPV4, hdr_len=54, gso_size=1448, csum_start=34, csum_offset=16)
+    with (
+        serving(path, offloads=int(ALL_OFFLOADS & asked)) as (port, offered),
+        probing(library, path, "0", "probe", str(asked)) as probe,
+    ):
+        driver = FakeRings(offered)
+        ready = port.await_event()
+        assert isinstance(ready, ClientReady)
+        has_receive, has_send = bool(asked & Offload.GUEST_TSO4), bool(asked & Offload.CSUM)
+        driver.deliver(frame(1), header=header.pack() if has_receive else b"")
+        assert (probe("wait", RECEIVE), probe("receive", 1)) == (RECEIVE, 1)
+        assert probe("header") == (1448 if has_receive else -1)
+        assert (probe("allocate", 1), probe("length", 60), probe("fill", 0x43)) == (1, 0, 1)
+        assert probe("put_header", 20) == 0
+        if has_send:
+            assert probe("send", 1) == 0
+            sent = VirtioNetHeader(NEEDS_CSUM, csum_start=20, csum_offset=6).pack()
+            assert driver.take_sent_with_headers() == [(b"C" * 60, sent, 0)]
+        else:
+            assert "no offloads on the transmit side" in probe.ask("send", 1)
+
+
+def test_offloads_that_were_not_asked_for(library: Path, path: Path) -> None:
+    with OfferedSession(offloads=int(ALL_OFFLOADS)) as offered:
+        fds = offered.session.fds()
+        for offloads, says in ((Offload.CSUM, "of which only 0 were asked for"), (1 << 3, "that nobody knows")):
+            first, _ = refusal(library, path, welcome_of(offered)._replace(offloads=offloads).pack(), fds)
+            assert says in first
 
 
 # ---- Drivers that lie
@@ -434,7 +610,10 @@ def holds(data: bytes, sizes: list[int]) -> bool:
         (Ready().pack(), 0, "a message out of place in a running session"),
         (Link(FACTS).pack()[:-1], 0, "LINK of 31 bytes instead of 32"),
         (Link(FACTS._replace(mtu=68)).pack().replace(b"\x44\0\0\0", b"\x43\0\0\0"), 0, "facts that may not be"),
-        (b"x" * 300, 0, "longer than any message"),
+        (b"x" * 1100, 0, "longer than any message"),
+        (Filter(1).pack(), 0, "a message out of place in a running session"),
+        (Answer(1, Verdict.DONE).pack()[:20] + b"\5" + bytes(107), 0, "ANSWER with a verdict"),
+        (Answer(1, Verdict.DONE).pack()[:22] + b"\1" + bytes(105), 0, "ANSWER with a verdict"),
     ],
 )
 def test_rubbish_in_a_running_session_ends_it(library: Path, path: Path, data: bytes, fds: int, says: str) -> None:

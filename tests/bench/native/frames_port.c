@@ -16,7 +16,7 @@ int main(int argc, char **argv)
     int transmits = !strcmp(argv[1], "transmit");
     uint32_t length = (uint32_t)atoi(argv[2]);
     volatile uint64_t *tally = tally_open(argv[3]);
-    struct netbridge *port = netbridge_connect(NETBRIDGE_SOCKET, "bench", HANDSHAKE_MS, &failure);
+    struct netbridge *port = netbridge_connect(NETBRIDGE_SOCKET, "bench", 0, HANDSHAKE_MS, &failure);
     if (!port) {
         fprintf(stderr, "frames_port: %s\n", failure.text);
         return 1;

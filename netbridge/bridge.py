@@ -108,6 +108,7 @@ class Bridge:
         self._phase = Phase.IDLE
         self._failure: Cause | None = None  # the device is to be reset under the session
         self._restart = False  # the session is to end
+        self._forfeited = False  # by its client
         self._stop: Stop | None = None
         self._control_fd = -1
         self._sources: dict[int, Callable[[int], None]] = {server.fileno(): self._on_port, stop_fd: self._on_stop}
@@ -151,7 +152,7 @@ class Bridge:
 
     def _prepare(self) -> None:
         """Makes the device ready to go, and a session for whoever comes, unless there is no device at the moment."""
-        self._restart, self._failure = False, None
+        self._restart, self._forfeited, self._failure = False, False, None
         try:
             if self._link is None or self._link.there:
                 self._make_session()
@@ -205,7 +206,7 @@ class Bridge:
         elif event == lib.NB_EVENT_CLIENT_FAULT:
             self._log("client_refused", reason=REFUSALS[detail])
             self._server.dismiss(Reason.RING_FAULT, f"refused: {REFUSALS[detail]}")
-            self._restart = True
+            self._restart = self._forfeited = True
         elif event == lib.NB_EVENT_DEVICE_FAULT:
             cause = Cause.STALLED if detail == lib.NB_FAULT_STALLED else Cause.FAULT
             self._device_failed(cause, DEVICE_FAULTS[detail])
@@ -227,7 +228,7 @@ class Bridge:
         except DeviceError as error:
             self._wait_for_link(error)
         finally:
-            session.close()
+            session.close(forfeited=self._forfeited)
         if was_serving:
             self._counters.resets += 1
             self._log(
@@ -252,6 +253,7 @@ class Bridge:
                 self._log("client_gone", client=event.peer.name, reason=event.reason.words, text=event.text)
                 # Its memory may still be mapped there: whatever it was welcomed to is not used again.
                 self._restart = self._restart or event.session is not None
+                self._forfeited = self._forfeited or event.session is not None
             elif isinstance(event, ClientAsks):
                 self._on_client_asks(event.request)
             else:

@@ -180,6 +180,7 @@ def _run(options: argparse.Namespace) -> int:
     from netbridge.session import Settings
     from netbridge.vnode import monitor
     from netbridge.vnode.manifest import Manifest
+    from netbridge.vnode.options import Options
     from vfio.pci import PciAddress
 
     if options.vhost_user is None and (options.vhost_user_listen or options.mac):
@@ -220,7 +221,7 @@ def _run(options: argparse.Namespace) -> int:
     else:
         outcome = monitor.run(
             manifest,
-            monitor.Options(
+            Options(
                 pci=PciAddress.parse(options.pci) if options.pci else None,
                 socket_path=options.socket,
                 counters_path=counters_path,

@@ -1,8 +1,9 @@
 """The driver process: gets its files from the monitor, goes into its sandbox, and serves the port.
 
-It opens nothing. The device, the IOMMU container, the listening socket and the counters page come over the channel that
-it was started with; then it confines itself (mode strict), and only then looks at the device. It ends when the monitor
-says so or is gone, when the device is unplugged, or by an error, which the monitor is told.
+It opens nothing. With everything imported it confines itself (mode strict), and waits. The device, the IOMMU container,
+the listening socket and the counters page come over the channel that it was started with: at once or, for a process
+that stands by, when the driver before it has died. It ends when the monitor says so or is gone, when the device is
+unplugged, or by an error, which the monitor is told.
 
 It lives, with its frame memory, in the few mebibytes of its manifest: hence what is imported here, and what is not.
 """
@@ -44,15 +45,18 @@ def main() -> NoReturn:
     """The whole life of the process. Started by the monitor; see netbridge/vnode/handover.py."""
     try:
         channel = socket.socket(fileno=handover.CHANNEL_FD)
-        started = handover.receive_start(channel) if channel.type == socket.SOCK_SEQPACKET else None
+        told = handover.await_told(channel) if channel.type == socket.SOCK_SEQPACKET else None
     except OSError:
-        started = None
-    if started is None:
+        told = None
+    if told is None:
         os.write(2, b"this is the driver process of a V-Node; start it with: netbridge run\n")
         os._exit(ExitCode.USAGE)
     code = ExitCode.OK
     try:
-        why = _serve(*started, channel)
+        _confine(told[0], channel)
+        start = handover.await_told(channel)
+        # Without one the monitor has gone, or has no need of it.
+        why = _serve(*start, channel) if start is not None else Stop.ORPHANED
         handover.say(channel, handover.STOPPED, why.name)
     except BaseException as error:
         code, text = _explain(error)
@@ -76,6 +80,17 @@ def _explain(error: BaseException) -> tuple[int, str]:
     return ExitCode.FAILURE, "\n".join(lines)
 
 
+def _confine(plan: tuple[Any, ...] | None, channel: socket.socket) -> None:
+    """Goes into the sandbox; `plan` is a `sandbox.Confinement`, None in mode permissive. Raises SandboxError."""
+    sandbox.set_name("netbridge-drv")
+    if plan is None:
+        handover.say(channel, handover.READY)
+        return
+    listener = sandbox.confine(sandbox.Confinement(*plan))
+    handover.say(channel, handover.CONFINED, fds=[listener])
+    os.close(listener)
+
+
 def _serve(start: dict[str, Any], fds: list[int], channel: socket.socket) -> Stop:
     """Serves the port until told to stop, or the device goes. Raises NetbridgeError or vfio.VfioError; the device is
     quiet then."""
@@ -85,11 +100,6 @@ def _serve(start: dict[str, Any], fds: list[int], channel: socket.socket) -> Sto
     address = granted.pci_function
     assert address is not None
     log = Log(granted.log)
-    sandbox.set_name("netbridge-drv")
-    if start["confinement"] is not None:
-        listener = sandbox.confine(sandbox.Confinement(*start["confinement"]))
-        handover.say(channel, handover.CONFINED, fds=[listener])
-        os.close(listener)
     mode = InterruptMode(start["irq"])
     refusal = "" if granted.has(SHARE) else f"the driver's manifest does not grant {SHARE}, so it shares no frames"
     with ExitStack() as stack:

@@ -28,6 +28,8 @@ class Log:
         try:
             sys.stderr.write(" ".join(words) + "\n")
             sys.stderr.flush()
+        except BlockingIOError:
+            pass  # somebody made it non-blocking, and nobody reads: this line is lost
         except OSError:
             # Whoever read it is gone; that must not end a driver.
             self.enabled = False

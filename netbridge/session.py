@@ -14,6 +14,7 @@ from netbridge.datapath._core import ffi, lib
 from netbridge.errors import DeviceError, NetbridgeError
 from netbridge.ipc.geometry import DEFAULT_HEADROOM, STRIDE_ALIGNMENT
 from netbridge.ipc.offloads import TX_SEGMENTATION
+from netbridge.ipc.regions import discard
 from netbridge.ipc.session import PortSession
 from netbridge.virtio import features
 from netbridge.virtio.net import NetDevice, VirtQueue
@@ -275,9 +276,13 @@ class Session:
         self._ledgers = {}
         return owned
 
-    def close(self) -> None:
+    def close(self, *, forfeited: bool = False) -> None:
         """Unmaps the buffers from the device and this process. The client's own mapping, if it kept one, shows what was
-        last in them and nothing that comes later."""
+        last in them and nothing that comes later. `forfeited`: the client ended the session, so what it may have kept
+        is emptied, lest it hold on to the driver's memory."""
+        if forfeited:
+            for memory in (self._rx.view.obj, self._tx.view.obj, self.port.rings.memory):
+                discard(memory)
         self._stack.close()
 
     def _new_ledger(self, memory: vfio.Memory, mapping: Mapping, region: Any, region_id: int) -> Any:

@@ -29,9 +29,11 @@ from netbridge.virtio.errors import Gone, Misbehaved
 from netbridge.virtio.net import NetDevice
 from netbridge.virtio.vhost_user.memory import VhostDma, VhostMemory
 from netbridge.virtio.vhost_user.transport import VhostUser
+from netbridge.vnode.backoff import Backoff
 from netbridge.vnode.capabilities import MIB, NETWORK, SHARE
 from netbridge.vnode.manifest import Manifest
-from netbridge.vnode.monitor import Backoff, Outcome, stop_signals
+from netbridge.vnode.options import Outcome
+from netbridge.vnode.stopping import stop_signals
 from vfio._record import NamedTuple
 
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.05, 1.0

@@ -32,6 +32,12 @@ class ControlSocket:
         except TimeoutError:
             self._socket.close()
             raise PortUnavailable(f"the driver at {path} does not take connections; is it stopped?") from None
+        except PermissionError:
+            self._socket.close()
+            raise PortError(
+                f"cannot connect to {path}: permission denied; is this user (uid {os.geteuid()}) one that the driver "
+                "serves? netbridge run --service-uid names them"
+            ) from None
         except OSError as error:
             self._socket.close()
             raise PortError(f"cannot connect to {path}: {error.strerror}") from None

@@ -23,28 +23,29 @@ _LONGEST_PATH = 107
 class PortListener:
     """Listens at `path`, whose directory is made if need be (0755).
 
-    `mode` is that of the socket file. Who may connect is decided by the peer's uid, not by the file's mode, so the
-    default lets everyone reach the door. A lock file beside the socket (`<path>.lock`) keeps a second instance away
-    from it even while both start.
+    `mode` is that of the socket file, and `owner` its uid, if that is to be another than this process's. Who may
+    connect is decided by the peer's uid, so the default lets everyone reach the door; where one user alone may, make it
+    that user's with mode 0o600: then the kernel keeps the others from knocking at all. A lock file beside the socket
+    (`<path>.lock`) keeps a second instance away from it even while both start.
 
     Raises PortInUse when another instance serves the path or what is there is no socket, PortUnavailable when the path
     cannot be used at all.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, mode: int = 0o666) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, mode: int = 0o666, owner: int = -1) -> None:
         self.path = os.fspath(path)
         if len(os.fsencode(self.path)) > _LONGEST_PATH:
             raise PortUnavailable(f"socket path {self.path} is longer than {_LONGEST_PATH} bytes; choose a shorter one")
         with ExitStack() as stack:
             try:
-                self._open(stack, mode)
+                self._open(stack, mode, owner)
             except OSError as error:
                 raise PortUnavailable(
                     f"cannot listen at {self.path}: {error.strerror}; choose a path that this user may use"
                 ) from error
             self._stack = stack.pop_all()
 
-    def _open(self, stack: ExitStack, mode: int) -> None:
+    def _open(self, stack: ExitStack, mode: int, owner: int) -> None:
         os.makedirs(os.path.dirname(os.path.abspath(self.path)), mode=0o755, exist_ok=True)
         _lock(stack, self.path)
         _remove_stale(self.path)
@@ -55,6 +56,7 @@ class PortListener:
         stack.callback(_unlink_own, self.path, _identity(self.path))
         # Before listen: nobody can connect in between.
         os.chmod(self.path, mode)
+        os.chown(self.path, owner, -1)
         self.socket.listen(_BACKLOG)
 
     @classmethod

@@ -43,6 +43,16 @@ def seal(fd: int, *, read_only: bool = False) -> None:
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, SEALS | (SEAL_FUTURE_WRITE if read_only else 0))
 
 
+def discard(memory: object) -> None:
+    """Gives the pages of a mapped memfd back to the system, also where another process has mapped it, too, which sees
+    zeroes then. Does nothing for one that was sealed with `read_only`: there the kernel has no way to."""
+    assert isinstance(memory, mmap.mmap)
+    try:
+        memory.madvise(mmap.MADV_REMOVE)
+    except PermissionError:
+        pass
+
+
 def verify_sealed(fd: int, size: int, what: str, *, read_only: bool = False) -> None:
     """Checks that `fd` is a memfd of exactly `size` bytes whose size can never change and, if `read_only`, that nobody
     can map for writing any more. Raises BadGeometry."""

@@ -1,4 +1,7 @@
-"""A cgroup (v2) for the driver process: how much memory and CPU it may have at most.
+"""A cgroup (v2) for the driver processes: how much memory and CPU each may have at most.
+
+The group itself is the V-Node's, and holds no process but those in its slots, one for each driver process: so what a
+driver left behind (memory that a client still maps, say) is not charged to the next one.
 
 Where a process may make cgroups depends on who manages them. In the root cgroup (a system without a manager of
 cgroups, a container) one is simply made. In a cgroup of one's own, such as a systemd unit's with Delegate=yes, the
@@ -9,6 +12,7 @@ to be had, and `NoCgroup` says why. Source: Documentation/admin-guide/cgroup-v2.
 from __future__ import annotations
 
 import fcntl
+import glob
 import os
 import select
 import time
@@ -26,7 +30,7 @@ class NoCgroup(NetbridgeError):
 
 
 class Cgroup:
-    """The cgroup of one driver. Owns its directory, and removes it in `close`.
+    """The cgroup of one V-Node. Owns its directory, and removes it in `close`.
 
     - `path`: its directory
     - `taken`: another monitor that is alive has it; then nothing else here may be called but `members` and `close`
@@ -42,10 +46,9 @@ class Cgroup:
         try:
             if base != root.rstrip("/"):
                 _make_room(base)
-            missing = [word for word in CONTROLLERS if word not in _read(f"{base}/cgroup.subtree_control").split()]
-            if missing:
-                _write(f"{base}/cgroup.subtree_control", " ".join(f"+{word}" for word in missing))
+            _delegate(base)
             os.makedirs(self.path, exist_ok=True)
+            _delegate(self.path)
             self._fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError as error:
             raise NoCgroup(f"no cgroup can be made in {base}: {error.strerror}") from None
@@ -55,15 +58,27 @@ class Cgroup:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self.taken = True
+        self._slots = 0
 
     @property
     def members(self) -> tuple[int, ...]:
         """The processes in it."""
-        return tuple(int(pid) for pid in _read(f"{self.path}/cgroup.procs").split())
+        files = glob.glob(f"{glob.escape(self.path)}/*/cgroup.procs")
+        return tuple(int(pid) for file in files for pid in _read(file).split())
+
+    def slot(self) -> Slot:
+        """A place for one more driver process. Raises NoCgroup."""
+        self._slots += 1
+        path = f"{self.path}/driver-{self._slots}"
+        try:
+            os.mkdir(path)
+        except OSError as error:
+            raise NoCgroup(f"no cgroup can be made in {self.path}: {error.strerror}") from None
+        return Slot(path)
 
     def clear(self, seconds: float) -> bool:
         """Sees to it that nobody is in it: a driver whose monitor was killed ends by itself, and is killed when it
-        takes longer than `seconds`. Whether there was one. Raises NoCgroup."""
+        takes longer than `seconds`. Whether there was one. Its slots are gone then. Raises NoCgroup."""
         deadline = time.monotonic() + seconds
         with open(f"{self.path}/cgroup.events", encoding="ascii") as events:
             poller = select.poll()
@@ -79,7 +94,26 @@ class Cgroup:
                     _write(f"{self.path}/cgroup.kill", "1")
                 poller.poll(max(left, 0) * 1000)
                 events.seek(0)
+        self._remove_slots()
         return found
+
+    def close(self) -> None:
+        """Removes it. A process that is still in it keeps it, and that is left to the next start."""
+        if not self.taken:
+            self._remove_slots()
+            _remove(self.path)
+        os.close(self._fd)
+
+    def _remove_slots(self) -> None:
+        for path in glob.glob(f"{glob.escape(self.path)}/driver-*"):
+            _remove(path)
+
+
+class Slot:
+    """One driver process's place. Owns its directory, `path`, and removes it in `close`."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
 
     def limit(self, memory_bytes: int) -> None:
         """At most so much memory: the process, its shared memory, and what the kernel holds for it; none of it swapped.
@@ -101,6 +135,19 @@ class Cgroup:
         except OSError as error:
             raise NoCgroup(f"cannot limit the CPU of {self.path}: {error.strerror}") from None
 
+    def yield_to_others(self) -> None:
+        """Runs when the others of the group do not, until `hurry`."""
+        self._weigh(1)
+
+    def hurry(self) -> None:
+        self._weigh(100)
+
+    def _weigh(self, weight: int) -> None:
+        try:
+            _write(f"{self.path}/cpu.weight", str(weight))
+        except OSError as error:
+            raise NoCgroup(f"cannot weigh the CPU of {self.path}: {error.strerror}") from None
+
     def join(self) -> None:
         """Puts the calling process into it. Raises OSError."""
         _write(f"{self.path}/cgroup.procs", "0")
@@ -120,13 +167,22 @@ class Cgroup:
             return None
 
     def close(self) -> None:
-        """Removes it. A process that is still in it keeps it, and that is left to the next start."""
-        if not self.taken:
-            try:
-                os.rmdir(self.path)
-            except OSError:
-                pass
-        os.close(self._fd)
+        """Removes it, when nobody is in it any more."""
+        _remove(self.path)
+
+
+def _delegate(path: str) -> None:
+    """Lets the controllers work in the groups below this one. Raises OSError."""
+    missing = [word for word in CONTROLLERS if word not in _read(f"{path}/cgroup.subtree_control").split()]
+    if missing:
+        _write(f"{path}/cgroup.subtree_control", " ".join(f"+{word}" for word in missing))
+
+
+def _remove(path: str) -> None:
+    try:
+        os.rmdir(path)
+    except OSError:
+        pass
 
 
 def _own_path() -> str:

@@ -1,9 +1,11 @@
 """What the monitor and the driver process say to each other, over one SOCK_SEQPACKET pair.
 
-The monitor sends the start, with the files the driver works with, and later `STOP`. The driver answers in plain words,
-which is all that a monitor wants to hear from a process that may have been taken over:
+The monitor sends the plan of the sandbox, then, as soon as there is a device, the start with the files the driver works
+with, and later `STOP`. The driver answers in plain words, which is all that a monitor wants to hear from a process that
+may have been taken over:
 
-    confined    with the seccomp listener's file: it is in its sandbox (mode strict)
+    confined    with the seccomp listener's file: it is in its sandbox, and waits for the start (mode strict)
+    ready       it waits for the start (mode permissive)
     up          it has the device, and serves the port
     stopped W   it ended well, for the reason W (a name of `bridge.Stop`)
     failed C    it ends with this exit code, for the reason on the lines that follow
@@ -25,25 +27,25 @@ if TYPE_CHECKING:
 
 CHANNEL_FD = 3  # where the driver process finds its end
 STOP = b"stop"
-CONFINED, UP, STOPPED, FAILED = "confined", "up", "stopped", "failed"
-_LONGEST_START = 1 << 16
+CONFINED, READY, UP, STOPPED, FAILED = "confined", "ready", "up", "stopped", "failed"
+_LONGEST_TOLD = 1 << 16
 _LONGEST_WORD = 1 << 14
 _MOST_FDS = 8
 
 
-def send_start(channel: socket.socket, start: dict[str, Any], fds: Sequence[int]) -> None:
-    """Monitor to driver. `start` is plain data; it travels as marshal, which costs the driver no module, and comes from
+def tell(channel: socket.socket, what: Any, fds: Sequence[int] = ()) -> None:
+    """Monitor to driver. `what` is plain data; it travels as marshal, which costs the driver no module, and comes from
     its own parent and the same interpreter."""
-    socket.send_fds(channel, [marshal.dumps(start)], fds)
+    if fds:
+        socket.send_fds(channel, [marshal.dumps(what)], fds)
+    else:
+        channel.send(marshal.dumps(what))
 
 
-def receive_start(channel: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
+def await_told(channel: socket.socket) -> tuple[Any, list[int]] | None:
     """In the driver: waits for it. The caller owns the fds. None when the monitor is gone."""
-    data, fds = _receive(channel, _LONGEST_START, 0)
-    if not data:
-        return None
-    start: dict[str, Any] = marshal.loads(data)
-    return start, fds
+    data, fds = _receive(channel, _LONGEST_TOLD, 0)
+    return (marshal.loads(data), fds) if data else None
 
 
 def say(channel: socket.socket, word: str, detail: str = "", fds: Sequence[int] = ()) -> None:
@@ -67,7 +69,7 @@ def hear(channel: socket.socket) -> tuple[str, str, list[int]] | None:
         return None
     word, _, detail = data.decode("utf-8", "replace").partition(" ")
     wanted = 1 if word == CONFINED else 0
-    if word not in (CONFINED, UP, STOPPED, FAILED) or len(fds) != wanted:
+    if word not in (CONFINED, READY, UP, STOPPED, FAILED) or len(fds) != wanted:
         for fd in fds:
             os.close(fd)
         return None

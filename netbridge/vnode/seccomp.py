@@ -71,7 +71,6 @@ _FCNTL_CALLS = (
     fcntl.F_GETFD,
     fcntl.F_SETFD,
     fcntl.F_GETFL,
-    fcntl.F_SETFL,
     fcntl.F_DUPFD_CLOEXEC,
     fcntl.F_ADD_SEALS,
     fcntl.F_GET_SEALS,
@@ -92,19 +91,21 @@ def calls(interface: str, *, files: bool = False) -> tuple[Call, ...]:
         # The pump.
         "epoll_wait", "epoll_pwait", "read", "write", "poll", "ppoll", "epoll_ctl", "epoll_create1",
         # The port, with sockets that are there: there is no `socket`, no `connect`, no `bind`.
-        "accept4", "recvmsg", "recvfrom", "sendmsg", "sendto", "getsockopt", "getsockname", "shutdown",
+        "accept4", "recvmsg", "recvfrom", "sendmsg", "sendto", "getsockopt", "getsockname",
         # Configuration space; regions, doorbells and deadlines.
         "pread64", "pwrite64", "close", "dup", "fstat", "lseek", "memfd_create", "ftruncate", "eventfd2",
         "timerfd_create", "timerfd_settime",
         # What Python and libc do of their own accord.
         "munmap", "mremap", "madvise", "brk", "futex", "rt_sigaction", "rt_sigprocmask", "rt_sigreturn", "sigaltstack",
-        "clock_gettime", "clock_nanosleep", "sched_yield", "getrandom", "getpid", "gettid", "getrlimit", "prlimit64",
+        "clock_gettime", "clock_nanosleep", "sched_yield", "getrandom", "getpid", "gettid", "getrlimit",
         "restart_syscall", "exit", "exit_group",
     )  # fmt: skip
     return (
         *(Call(name) for name in plain),
         Call("ioctl", 1, values=_VFIO_CALLS + memory),
         Call("fcntl", 1, values=_FCNTL_CALLS),
+        # Its own limits, and not those of a process that stands by.
+        Call("prlimit64", 0, values=(0,)),
         Call("mmap", 2, never=mmap.PROT_EXEC),
         Call("mprotect", 2, never=mmap.PROT_EXEC),
         *(Call(name) for name in FILE_CALLS if files),

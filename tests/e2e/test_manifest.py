@@ -24,7 +24,6 @@ pytestmark = pytest.mark.thorough
 PCI = "0000:00:1f.0"
 PACKAGED = "netbridge/vnode/net-bridge/vnode.yml"
 PRINTED = "0810ba7c63272d15f981b6ac88d1668055a244b12b7510c551672b62f63ddb07"
-GROUP = f"/sys/fs/cgroup/netbridge-{PCI}"
 # VFIO asks for it where interrupts are not remapped; nobody in this guest is to be protected from anybody.
 UNSAFE_INTERRUPTS = "vfio_iommu_type1.allow_unsafe_interrupts=1"
 REPLY_SECONDS = 30.0
@@ -58,14 +57,14 @@ def test_frames_go_through_exactly(pc: Guest, named: str) -> None:
         assert not wire.drain()
 
         assert testbed.nics(pc) == [(PCI, "vfio-pci")]
-        pid = read(pc, f"{GROUP}/cgroup.procs")
+        pid = testbed.in_cgroup(pc, PCI, "cgroup.procs")
         lines = read(pc, f"/proc/{pid}/status").splitlines()
         facts = {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
         assert (facts["Name"], facts["NoNewPrivs"], facts["Seccomp"]) == ("netbridge-drv", "1", "2"), "mode: strict"
         assert int(facts["CapEff"], 16) == 0
-        assert int(read(pc, f"{GROUP}/memory.max")) == 16 * MIB
-        assert int(read(pc, f"{GROUP}/memory.peak")) <= 16 * MIB
-        assert read(pc, f"{GROUP}/cpu.max") == "5000 100000"
+        assert int(testbed.in_cgroup(pc, PCI, "memory.max")) == 16 * MIB
+        assert int(testbed.in_cgroup(pc, PCI, "memory.peak")) <= 16 * MIB
+        assert testbed.in_cgroup(pc, PCI, "cpu.max") == "5000 100000"
         program = read(pc, f"/proc/{pid}/cmdline").split("\0")
         assert f"/code/{Path(PACKAGED).parent}/bin/net-bridge.vnode" in program
 

@@ -53,11 +53,12 @@ def status(guest: Guest, pid: int | str) -> dict[str, str]:
 
 
 def group(guest: Guest, pci: str, file: str) -> str:
-    return text(guest, f"/sys/fs/cgroup/netbridge-{pci}/{file}").strip()
+    return testbed.in_cgroup(guest, pci, file)
 
 
 def inject(guest: Guest, pid: int, *words: object) -> str:
-    return guest.run(["python3", "-m", "tests.e2e.inject", str(pid), *map(str, words)]).stdout.strip()
+    command = ["python3", "-m", "tests.e2e.inject", str(pid), *map(str, words)]
+    return guest.run(command, timeout=testbed.START_SECONDS).stdout.strip()
 
 
 def echoed(wire: Wire, bed: Testbed, count: int = 64) -> None:

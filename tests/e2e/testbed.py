@@ -188,6 +188,12 @@ def service_user(guest: Guest) -> str:
     return SERVICE_USER if known else "nobody"
 
 
+def in_cgroup(guest: Guest, pci: str, file: str) -> str:
+    """A file of the cgroup of the driver that has the device: the only one, until another stands by beside it."""
+    slots = f"/sys/fs/cgroup/netbridge-{pci}/driver-*"
+    return guest.run(["sh", "-c", f"cat $(ls -dv {slots} | head -n 1)/{file}"]).stdout.strip()
+
+
 def end(process: GuestProcess) -> None:
     """Ends a process politely; it must end well."""
     process.kill(signal.SIGTERM)

@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 
 from netbridge.errors import SandboxError
-from netbridge.vnode import sandbox, seccomp
+from netbridge.vnode import sandbox, seccomp, syscalls
 from netbridge.vnode.sandbox import Confinement
 
 UID, GID = 61234, 61235
@@ -219,6 +219,68 @@ def test_calls_that_are_not_listed_do_not_happen() -> None:
     assert confined(lambda: mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_EXEC), filter=NOTHING_MORE) == "EPERM"
     assert confined(lambda: len(mmap.mmap(-1, 4096)), filter=NOTHING_MORE) == "4096"
     assert confined(lambda: os.memfd_create("x") > 0, filter=NOTHING_MORE) == "True"
+
+
+def test_ways_around() -> None:
+    """What a driver that was taken over would try next, on the kernel itself: with the filter, and the files with
+    Landlock alone, so that one does not cover for the other."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    own = Path(sys.executable).read_bytes()
+
+    def call(name: str, *arguments: object) -> Callable[[], object]:
+        def act() -> object:
+            if libc.syscall(ctypes.c_long(syscalls.NUMBERS[name]), *arguments) < 0:
+                raise OSError(ctypes.get_errno(), name)
+            return "it did it"
+
+        return act
+
+    def run_from_memory() -> object:
+        fd = os.memfd_create("program")
+        os.write(fd, own)
+        arguments = (ctypes.c_char_p * 2)(b"program", None)
+        return call("execveat", fd, b"", arguments, None, 0x1000)()  # AT_EMPTY_PATH
+
+    def code_from_memory() -> object:
+        fd = os.memfd_create("code")
+        os.write(fd, bytes(4096))
+        return mmap.mmap(fd, 4096, prot=mmap.PROT_READ | mmap.PROT_EXEC)
+
+    def code_later() -> object:
+        return call("mprotect", ctypes.c_void_p(ctypes.addressof(ctypes.c_char.from_buffer(page))), 4096, 5)()
+
+    page = mmap.mmap(-1, 4096)
+    new_user, file, parent = 0x10000000, b"/proc/self/mem", os.getpid()
+    attempts: dict[str, Callable[[], object]] = {
+        "another ring of calls": call("io_uring_setup", 8, bytes(120)),
+        "a child": call("clone", new_user, None, None, None, None),
+        "a child, the new way": call("clone3", bytes(88), 88),
+        "a user namespace": call("unshare", new_user),
+        "its own monitor": call("ptrace", 16, parent, None, None),
+        "another's memory": call("process_vm_readv", parent, None, 0, None, 0, 0),
+        "another's files": call("pidfd_getfd", 0, 0, 0),
+        "another's limits": call("prlimit64", parent, 7, None, bytes(16)),
+        "a signal": call("kill", parent, 0),
+        "a program": call("execve", b"/bin/true", None, None),
+        "a program from memory": run_from_memory,
+        "code from memory": code_from_memory,
+        "code later": code_later,
+        "a file without a name": call("openat", -100, b"/var/tmp", os.O_TMPFILE | os.O_RDWR, 0o600),
+        "its own memory as a file": call("openat", -100, file, os.O_RDWR, 0),
+        "a file by its handle": call("open_by_handle_at", -100, bytes(16), os.O_RDONLY),
+        "the end of the port": call("shutdown", 0, 2),
+        "flags that others share": call("fcntl", 0, 4, os.O_NONBLOCK),
+        "another filter": call("seccomp", 1, 0, None),
+        "its old rights": call("setresuid", 0, 0, 0),
+        "the kernel's programs": call("bpf", 0, bytes(120), 120),
+        "page faults": call("userfaultfd", 0),
+        "keys": call("keyctl", 0, 0, 0),
+    }
+    assert {name: confined(act, filter=NOTHING_MORE) for name, act in attempts.items()} == dict.fromkeys(
+        attempts, "EPERM"
+    )
+    for name in ("a file without a name", "its own memory as a file"):
+        assert confined(attempts[name]) == "EACCES", name
 
 
 def test_killing_is_possible_too() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from netbridge.vnode.cgroup import Cgroup, NoCgroup
+from netbridge.vnode.cgroup import Cgroup, NoCgroup, Slot
 
 NAME = "netbridge-0000:00:1f.0"
 
@@ -17,7 +17,7 @@ def group(path: Path, *, members: str = "") -> None:
     (path / "cgroup.controllers").write_text("cpu memory pids\n")
     (path / "cgroup.procs").write_text(members)
     (path / "cgroup.subtree_control").write_text("pids\n")
-    for name in ("memory.max", "memory.oom.group", "memory.swap.max", "cpu.max"):
+    for name in ("memory.max", "memory.oom.group", "memory.swap.max", "cpu.max", "cpu.weight"):
         (path / name).write_text("max\n")
     (path / "memory.events").write_text("low 0\noom 3\noom_kill 2\n")
     (path / "cgroup.events").write_text("populated 0\nfrozen 0\n")
@@ -31,21 +31,45 @@ def root(tmp_path: Path) -> Path:
 
 
 def test_limits_are_written_where_the_kernel_reads_them(root: Path) -> None:
-    cgroup = Cgroup(NAME, root=str(root), own="")
-    assert (root / "cgroup.subtree_control").read_text().startswith("+memory +cpu")
-    cgroup.limit(16 << 20)
-    cgroup.limit_cpu(0.05)
+    group(root / "driver-7")
+    slot = Slot(f"{root}/driver-7")
+    slot.limit(16 << 20)
+    slot.limit_cpu(0.05)
     told = {
-        name: (root / NAME / name).read_text().rstrip("\n\0") for name in ("memory.max", "memory.swap.max", "cpu.max")
+        name: (root / "driver-7" / name).read_text().rstrip("\n\0")
+        for name in ("memory.max", "memory.swap.max", "cpu.max")
     }
     assert told["memory.max"].startswith("16777216")
     assert told["memory.swap.max"].startswith("0")
     assert told["cpu.max"].startswith("5000 100000")
-    cgroup.limit_cpu(0.001)
-    assert (root / NAME / "cpu.max").read_text().startswith("1000 100000"), "the kernel takes no less"
-    cgroup.limit_cpu(None)
-    assert (root / NAME / "cpu.max").read_text().startswith("max 100000")
-    assert cgroup.out_of_memory_kills == 2
+    slot.limit_cpu(0.001)
+    assert (root / "driver-7" / "cpu.max").read_text().startswith("1000 100000"), "the kernel takes no less"
+    slot.limit_cpu(None)
+    assert (root / "driver-7" / "cpu.max").read_text().startswith("max 100000")
+    slot.yield_to_others()
+    assert (root / "driver-7" / "cpu.weight").read_text().startswith("1ax")
+    slot.hurry()
+    assert (root / "driver-7" / "cpu.weight").read_text().startswith("100")
+    assert slot.out_of_memory_kills == 2
+
+
+def test_each_driver_process_has_a_place_of_its_own(root: Path) -> None:
+    (root / NAME / "driver-1").mkdir()
+    cgroup = Cgroup(NAME, root=str(root), own="")
+    for path in (root, root / NAME):
+        assert (path / "cgroup.subtree_control").read_text().startswith("+memory +cpu")
+    assert cgroup.clear(0.0) is False
+    assert not (root / NAME / "driver-1").exists(), "of a monitor that was killed"
+    first, second = cgroup.slot(), cgroup.slot()
+    assert (first.path, second.path) == (f"{cgroup.path}/driver-1", f"{cgroup.path}/driver-2")
+    (Path(first.path) / "cgroup.procs").write_text("41\n")
+    (Path(second.path) / "cgroup.procs").write_text("42\n43\n")
+    assert sorted(cgroup.members) == [41, 42, 43]
+    (Path(first.path) / "cgroup.procs").unlink()  # the kernel's files do not keep a directory
+    first.close()
+    assert not Path(first.path).exists()
+    second.close()
+    assert Path(second.path).exists(), "somebody is in it"
     cgroup.close()
 
 

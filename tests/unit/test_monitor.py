@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 
 from netbridge.errors import UsageError
-from netbridge.vnode import handover, monitor
+from netbridge.vnode import handover, supervisor
+from netbridge.vnode.backoff import Backoff
+from netbridge.vnode.identity import FIRST_DYNAMIC_UID, LAST_DYNAMIC_UID, driver_identity
 from netbridge.vnode.manifest import Manifest
-from netbridge.vnode.monitor import FIRST_DYNAMIC_UID, LAST_DYNAMIC_UID, Backoff, driver_command, driver_identity
+from netbridge.vnode.process import driver_command
 
 
 def user(name: str, uid: int) -> pwd.struct_passwd:
@@ -122,8 +124,8 @@ def test_the_start_arrives_with_its_files(channel: tuple[socket.socket, socket.s
     ours, theirs = channel
     start = {"manifest": Manifest.find("net-bridge").as_dict(), "confinement": (1, 2, b"\0\1", ())}
     with Path(os.devnull).open("rb") as null:
-        handover.send_start(ours, start, [null.fileno()])
-    received = handover.receive_start(theirs)
+        handover.tell(ours, start, [null.fileno()])
+    received = handover.await_told(theirs)
     assert received is not None
     assert received[0] == start
     (fd,) = received[1]
@@ -162,9 +164,9 @@ def test_a_driver_without_a_monitor_says_nothing(channel: tuple[socket.socket, s
     ours, theirs = channel
     ours.close()
     handover.say(theirs, handover.UP)
-    assert handover.receive_start(theirs) is None
+    assert handover.await_told(theirs) is None
 
 
 def test_the_constants_agree_with_the_documented_range() -> None:
     assert (FIRST_DYNAMIC_UID, LAST_DYNAMIC_UID) == (61184, 65519), "systemd.exec(5), DynamicUser="
-    assert monitor.MOST_FAILED_STARTS > 1
+    assert supervisor.MOST_FAILED_STARTS > 1

@@ -180,6 +180,26 @@ def test_frames_without_merged_buffers_get_buffers_that_hold_them(tmp_path: Path
     back_end.join()
 
 
+def test_a_client_that_keeps_what_it_was_sent_keeps_no_memory(tmp_path: Path) -> None:
+    """After its session the pages are the system's again, whoever still has the files; a driver that is held to a few
+    mebibytes would otherwise die of it."""
+    kept: list[int] = []
+    with listening(tmp_path) as listener, running(tmp_path) as run:
+        back_end = accept(listener)
+        for _ in range(2):
+            with run.connect() as port:
+                kept += [os.dup(fd) for fd in port._fds[:3]]
+                port.allocate(timeout=DEADLINE_S)[0].data[:] = b"x" * port.room
+                assert all(os.fstat(fd).st_blocks > 0 for fd in (kept[-3], kept[-1]))
+        with run.connect():
+            pass
+        assert [os.fstat(fd).st_blocks for fd in kept] == [0] * 6
+        for fd in kept:
+            os.close(fd)
+        run.end()
+    back_end.join()
+
+
 def test_received_frames_can_be_shared_read_only(tmp_path: Path) -> None:
     """The device's mapping, and the driver's, are older than the seal; a client's is not."""
     manifest = tmp_path / "vnode.yml"

@@ -1,0 +1,116 @@
+"""A client that means no good, in the guest: `python3 -m tests.e2e.hostile WHAT [COUNT]`. Says `done`, and how it went.
+
+keep     takes the port COUNT times, and keeps every file and mapping that it was sent
+crowd    knocks COUNT times, some of the connections at a time; says which reasons it heard
+wreck    takes the port and does to its memory, its doorbells and its socket whatever they let it do
+"""
+
+from __future__ import annotations
+
+import collections
+import ctypes
+import fcntl
+import mmap
+import os
+import random
+import select
+import socket
+import sys
+import time
+
+from netbridge.client import PortError, connect
+from netbridge.ipc.messages import DEFAULT_SOCKET, Bye, Facts, Hello, Link, parse
+
+PATIENCE_SECONDS = 30.0
+AT_A_TIME = 40
+FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE = 1, 2
+
+
+def keep(count: int) -> str:
+    kept: list[object] = []
+    for _ in range(count):
+        with connect(wait=PATIENCE_SECONDS, name="keeper") as port:
+            fds = [os.dup(fd) for fd in port._fds]
+            maps = [mmap.mmap(fd, os.fstat(fd).st_size) for fd in fds[:3]]
+            for memory in maps:
+                memory[4096:8192] = b"mine" * 1024
+            kept += [fds, maps]
+    return f"{count} sessions"
+
+
+def crowd(count: int) -> str:
+    heard: collections.Counter[str] = collections.Counter()
+    waiting: list[socket.socket] = []
+    for _ in range(count):
+        caller = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        caller.connect(DEFAULT_SOCKET)  # waits while the queue is full, as it does not with a timeout
+        caller.settimeout(PATIENCE_SECONDS)
+        waiting.append(caller)
+        if len(waiting) == AT_A_TIME:
+            heard.update(map(answer, waiting))
+            waiting = []
+    heard.update(map(answer, waiting))
+    return ", ".join(f"{words} {number}" for words, number in sorted(heard.items()))
+
+
+def answer(caller: socket.socket) -> str:
+    with caller:
+        said = parse(caller.recv(1024))
+        assert isinstance(said, Bye), said
+        return said.reason.name
+
+
+def wreck(seconds: int) -> str:
+    libc = ctypes.CDLL(None, use_errno=True)
+    choose = random.Random(1)
+    end = time.monotonic() + seconds
+    sessions = 0
+    while time.monotonic() < end:
+        with connect(wait=PATIENCE_SECONDS, name="wrecker") as port:
+            sessions += 1
+            fds = port._fds
+            # What an epoll instance and an eventfd let whoever has them do.
+            select.epoll.fromfd(os.dup(fds[4])).register(fds[3], select.EPOLLIN)
+            fcntl.fcntl(fds[3], fcntl.F_SETFL, 0)
+            fcntl.fcntl(fds[3], fcntl.F_SETOWN, os.getppid())
+            fcntl.fcntl(fds[3], fcntl.F_SETFL, os.O_NONBLOCK)
+            ring(fds[3], (1 << 64) - 2)
+            sizes = [os.fstat(fd).st_size for fd in fds[:3]]
+            for fd, size in zip(fds, sizes, strict=False):
+                for forbidden in (0, size - 4096, size + 4096):
+                    assert libc.ftruncate(fd, ctypes.c_long(forbidden)) < 0, "sealed"
+            maps = [mmap.mmap(fd, size) for fd, size in zip(fds, sizes, strict=False)]
+            # A while of it with the rings left alone, so that the session goes on; then the rings.
+            for region in (1, 2, 1, 2, 0):
+                memory, size = maps[region], sizes[region]
+                for _ in range(200):
+                    at = choose.randrange(size - 64)
+                    memory[at : at + 64] = choose.randbytes(64)
+                flags = FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE
+                libc.fallocate(fds[region], flags, ctypes.c_long(0), ctypes.c_long(size))
+                ring(fds[3])
+                memory[:] = bytes(choose.randbytes(1)) * size
+                ring(fds[3])
+                time.sleep(0.02)
+            for message in (Hello("again").pack(), Link(Facts(bytes(6))).pack(), b"x" * 900):
+                for _ in range(100):
+                    port._conversation._control.send(message)
+            try:
+                while True:
+                    port.check()
+                    select.select([port.control_fd], [], [], PATIENCE_SECONDS)
+            except PortError:
+                pass
+    return f"{sessions} sessions"
+
+
+def ring(doorbell: int, count: int = 1) -> None:
+    try:
+        os.eventfd_write(doorbell, count)
+    except BlockingIOError:
+        pass  # full: the driver never reads it
+
+
+if __name__ == "__main__":
+    what, number = sys.argv[1], int(sys.argv[2])
+    print("done:", {"keep": keep, "crowd": crowd, "wreck": wreck}[what](number))

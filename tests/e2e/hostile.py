@@ -74,7 +74,8 @@ def wreck(seconds: int) -> str:
             fcntl.fcntl(fds[3], fcntl.F_SETFL, 0)
             fcntl.fcntl(fds[3], fcntl.F_SETOWN, os.getppid())
             fcntl.fcntl(fds[3], fcntl.F_SETFL, os.O_NONBLOCK)
-            ring(fds[3], (1 << 64) - 2)
+            if sessions % 2:
+                ring(fds[3], (1 << 64) - 2)  # no ring of it is heard any more
             sizes = [os.fstat(fd).st_size for fd in fds[:3]]
             for fd, size in zip(fds, sizes, strict=False):
                 for forbidden in (0, size - 4096, size + 4096):

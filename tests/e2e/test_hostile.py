@@ -10,6 +10,7 @@ from netbridge.errors import ExitCode
 from qemu.guest import Guest
 from qemu.wire import Wire
 from tests.e2e import testbed
+from tests.e2e.test_survival import Load
 from tests.e2e.testbed import Testbed
 from tests.e2e.traffic import Generator, reflected
 
@@ -63,7 +64,8 @@ def test_a_client_that_keeps_all_it_was_sent(guest: Guest, wire: Wire, bed: Test
 
 def test_a_client_that_wrecks_all_it_can_reach(guest: Guest, wire: Wire, bed: Testbed) -> None:
     driver = bed.driver_pid
-    assert change_places(bed, "wreck", 5).startswith("done: ")
+    with Load(wire, bed.mac):
+        assert change_places(bed, "wreck", 5).startswith("done: ")
     assert bed.driver_pid == driver, "the same process"
     echoed_exactly(wire, bed)
     counters = bed.counters()

@@ -28,7 +28,7 @@ struct vring_packed_event {
     uint16_t flags;
 };
 enum { VRING_PACKED_EVENT_ENABLE = 0, VRING_PACKED_EVENT_DISABLE = 1, VRING_PACKED_EVENT_DESC = 2 };
-enum { VRING_PACKED_WRAP = 0x8000 };
+enum { VRING_PACKED_WRAP = 0x8000, PACKED_NOWHERE = 0x10000 };
 
 static inline uint16_t packed_offset(const struct nb_virtqueue *queue, uint16_t position)
 {
@@ -109,22 +109,51 @@ static inline void packed_show(struct nb_virtqueue *queue)
     queue->avail_shown = queue->avail_next;
 }
 
-/* Whether the device wants to be notified (virtio 1.3 §2.8.10) of what was not published yet. After a full fence. */
+/* The position at which the device asked for a notification, as avail_next counts; or PACKED_NOWHERE. */
+static inline uint32_t packed_event(const struct nb_virtqueue *queue)
+{
+    uint16_t off_wrap = load_once_16(&queue->device_event->off_wrap);
+    uint32_t offset = off_wrap & ~VRING_PACKED_WRAP;
+    return offset < queue->size ? offset + (off_wrap & VRING_PACKED_WRAP ? 0 : queue->size) : PACKED_NOWHERE;
+}
+
+/* Whether the device waits for a descriptor that it has used long since. QEMU does: virtio_net_tx_complete asks for a
+ * notification when its wire has room again, then takes what there is, and on a packed ring virtqueue_pop does not move
+ * the position on. Nor does it help that it was notified at that position: while its wire was full it did not listen.
+ *
+ * From used_next on up to a whole ring the device may have what it asked behind; that whole ring only if all are its. */
+static inline bool packed_has_used(const struct nb_virtqueue *queue, uint32_t event)
+{
+    uint32_t laps = 2u * queue->size;
+    uint32_t ahead = (event + laps - queue->used_next) % laps;
+    return ahead > queue->size || (ahead == queue->size && queue->free_count != 0);
+}
+
+/* Whether the device wants to be notified (virtio 1.3 §2.8.10) of anything it was not notified of. After a full fence. */
 static inline bool packed_wants_notification(const struct nb_virtqueue *queue)
 {
     /* Acquire: the device fills in off_wrap, then says DESC. */
     uint16_t flags = load_acquire_16(&queue->device_event->flags);
     if (!queue->event_idx || flags != VRING_PACKED_EVENT_DESC)
         return flags != VRING_PACKED_EVENT_DISABLE;
-    uint16_t off_wrap = load_once_16(&queue->device_event->off_wrap);
-    uint32_t offset = off_wrap & ~VRING_PACKED_WRAP;
-    if (offset >= queue->size)
-        return true; /* nowhere: to be notified once too often harms nobody */
-    uint32_t event = offset + (off_wrap & VRING_PACKED_WRAP ? 0 : queue->size);
-    /* Behind avail_next, and not further back than what is unpublished: what vring_need_event asks where indices wrap
-     * at 65,536. */
+    uint32_t event = packed_event(queue);
+    if (event == PACKED_NOWHERE || packed_has_used(queue, event))
+        return true; /* to be notified once too often harms nobody */
+    /* Behind avail_next, and not further back than what is unnotified: what vring_need_event asks where indices wrap at
+     * 65,536. */
     uint32_t laps = 2u * queue->size;
-    return (queue->avail_next + laps - event - 1) % laps < queue->unpublished;
+    return (queue->avail_next + laps - event - 1) % laps < queue->unnotified;
+}
+
+/* Whether the device may sleep although it has chains that it has not seen: after their publication it has gone past the
+ * position where it asked. After a full fence, and after all that it has completed was taken. */
+static inline bool packed_sleeps_on(const struct nb_virtqueue *queue)
+{
+    if (!queue->event_idx || queue->chains_in_flight == 0 ||
+        load_acquire_16(&queue->device_event->flags) != VRING_PACKED_EVENT_DESC)
+        return false;
+    uint32_t event = packed_event(queue);
+    return event != PACKED_NOWHERE && packed_has_used(queue, event);
 }
 
 /* Whether the next descriptor that the device is to write says that it is used: both bits are the wrap counter. */

@@ -87,12 +87,12 @@ static inline void split_show(struct nb_virtqueue *queue)
     store_release_16(&queue->avail->idx, queue->avail_next);
 }
 
-/* Whether the device wants to be notified (virtio 1.3 §2.7.10) of what was not published yet. After a full fence. */
+/* Whether the device wants to be notified (virtio 1.3 §2.7.10) of anything it was not notified of. After a full fence. */
 static inline bool split_wants_notification(const struct nb_virtqueue *queue)
 {
     if (queue->event_idx)
         return vring_need_event(load_once_16(split_avail_event(queue)), queue->avail_next,
-                                (uint16_t)(queue->avail_next - queue->unpublished));
+                                (uint16_t)(queue->avail_next - queue->unnotified));
     return !(load_once_16(&queue->used->flags) & VRING_USED_F_NO_NOTIFY);
 }
 

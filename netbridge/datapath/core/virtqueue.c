@@ -55,7 +55,7 @@ static void begin(struct nb_virtqueue *queue)
     queue->chains_in_flight = 0;
     queue->batch_left = 0;
     queue->avail_next = queue->avail_shown = queue->used_next = queue->used_shown = 0;
-    queue->unpublished = 0;
+    queue->unpublished = queue->unnotified = 0;
     queue->interrupts = true;
     for (uint16_t i = 0; i < size; i++)
         queue->slots[i] = (struct nb_slot){.next = (uint16_t)(i + 1 < size ? i + 1 : 0)};

@@ -62,8 +62,8 @@ static inline bool virtqueue_has_unpublished(const struct nb_virtqueue *queue)
     return queue->unpublished != 0;
 }
 
-/* Shows the device what was added, and says whether it wants to be notified of anything that was added since the last
- * time (virtio 1.3 §2.7.13, §2.8.21). */
+/* Shows the device what was added, and says whether it wants to be notified (virtio 1.3 §2.7.13, §2.8.21). The caller then
+ * does. */
 static inline bool virtqueue_publish(struct nb_virtqueue *queue)
 {
     if (!virtqueue_has_unpublished(queue))
@@ -71,9 +71,18 @@ static inline bool virtqueue_publish(struct nb_virtqueue *queue)
     virtqueue_show(queue);
     /* The device says when it wants to be woken, then looks at the ring; we fill the ring, then look what it said. */
     fence_store_load();
+    ring_note_publication(queue, queue->packed ? 2u * queue->size - 1 : UINT16_MAX);
     bool wanted = queue->packed ? packed_wants_notification(queue) : split_wants_notification(queue);
-    queue->unpublished = 0;
+    if (wanted)
+        queue->unnotified = 0;
     return wanted;
+}
+
+/* Whether the device may have gone to sleep on chains that were shown to it, and that nobody will tell it of any more. To be
+ * asked before the driver sleeps, after a full fence and once nothing is left to be taken. */
+static inline bool virtqueue_device_sleeps_on(const struct nb_virtqueue *queue)
+{
+    return queue->packed && packed_sleeps_on(queue);
 }
 
 /* What a notification says with NOTIFICATION_DATA: the queue, and how far it is filled (virtio 1.3 §2.9, §4.1.5.2). */

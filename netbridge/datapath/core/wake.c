@@ -64,6 +64,23 @@ void pump_stop_asking(struct nb_pump *pump)
     set_interrupts(pump, false);
 }
 
+/* A device that slept on while we went on would never wake us either. */
+static void wake_device(struct nb_pump *pump, const struct nb_virtqueue *queue)
+{
+    if (!virtqueue_device_sleeps_on(queue))
+        return;
+    virtqueue_notify(queue);
+    count(&pump->config.counters->notifications_sent, 1);
+}
+
+static void wake_devices(struct nb_pump *pump)
+{
+    for (uint32_t i = 0; i < pump->config.pair_count; i++) {
+        wake_device(pump, pump->pairs[i].rx_queue);
+        wake_device(pump, pump->pairs[i].tx_queue);
+    }
+}
+
 /* Asks everybody for a wake-up, then looks once more: what arrived before they saw it would wake nobody. True: sleep. */
 bool pump_ask_for_wakeup(struct nb_pump *pump)
 {
@@ -81,7 +98,9 @@ bool pump_ask_for_wakeup(struct nb_pump *pump)
     bool nothing = !device_has_completed(pump) &&
                    (!room_to_send || ring_waiting(&config->tx_active, pump->tx_active_taken) == 0) &&
                    (!device_starves || ring_waiting(&config->rx_free, pump->rx_free_taken) == 0);
-    if (!nothing)
+    if (nothing)
+        wake_devices(pump);
+    else
         pump_stop_asking(pump);
     return nothing;
 }

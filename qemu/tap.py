@@ -37,8 +37,9 @@ Result = TypeVar("Result")
 class Tap:
     """An interface with `queues` queue pairs and an address such as "10.9.8.2/24", or none; up from the start.
 
-    Give the NIC properties={"mq": "on", "vectors": 2 * queues + 2} for more than one pair. Raises HarnessError with
-    the reason when this user may not make interfaces. With `beside` it is in the namespace of that one.
+    Give the NIC properties={"mq": "on", "vectors": 2 * queues + 2} for more than one pair. `beside` another, it is in
+    that one's namespace, under another name. Raises HarnessError with the reason when this user may not make
+    interfaces.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class Tap:
         queues: int = 1,
         offloads: bool = True,
         name: str = "tap0",
+        mtu: int = 1500,
         beside: Tap | None = None,
     ):
         if not 1 <= queues <= MOST_QUEUES:
@@ -56,6 +58,7 @@ class Tap:
             raise HarnessError(f"an interface of the host {reason}")
         self.name = name
         self.queues = queues
+        self.mtu = mtu
         self.offloads = offloads
         self.shape = f"{queues} queue pairs, offloads {'on' if offloads else 'off'}"
         """What a NIC sees of this peer: a guest that is restored must find the same."""
@@ -89,7 +92,7 @@ class Tap:
                     Path(f"/proc/sys/net/ipv6/conf/{self.name}/disable_ipv6").write_text("1")
             for name in ("lo", self.name):
                 (index,) = routes.link_lookup(ifname=name)
-                routes.link("set", index=index, state="up")
+                routes.link("set", index=index, state="up", **({"mtu": self.mtu} if name == self.name else {}))
             if address is not None:
                 host, _, length = address.partition("/")
                 routes.addr("add", index=index, address=host, prefixlen=int(length or 24))
@@ -134,6 +137,27 @@ class Tap:
 
         with ThreadPoolExecutor(1) as pool:
             return pool.submit(enter).result()
+
+    def join(self, other: Tap) -> None:
+        """Makes a bridge of the two, which are in one namespace: what one NIC sends, the other receives, also frames
+        that were never cut. The host's kernel says nothing on it by itself."""
+
+        def make() -> None:
+            with IPRoute() as routes:
+                routes.link("add", ifname="bridge", kind="bridge")
+                (bridge,) = routes.link_lookup(ifname="bridge")
+                for tap in (self, other):
+                    (index,) = routes.link_lookup(ifname=tap.name)
+                    routes.link("set", index=index, master=bridge)
+                routes.link("set", index=bridge, state="up")
+
+        self.run(["sh", "-c", "echo 1 >/proc/sys/net/ipv6/conf/default/disable_ipv6"])
+        self.inside(make)
+
+    def dropped(self) -> int:
+        """Frames that its NIC did not take in time, or that did not come through to the host."""
+        words = self.run(["cat", "/proc/net/dev"]).stdout.split(f"{self.name}:")[1].split()
+        return int(words[3]) + int(words[11])
 
     def close(self) -> None:
         """Nothing of it is left once QEMU has ended, too. May be called again."""

@@ -68,6 +68,11 @@ def tap(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--user", default="aethernet", help="the user to be, when it is started as root (default: %(default)s)"
     )
+    parser.add_argument(
+        "--no-offloads",
+        action="store_true",
+        help="have the kernel cut TCP and make checksums itself, whatever the device can do",
+    )
     parser.add_argument("--capture", metavar="FILE", help="write the frames of both directions to a pcapng file")
     common(parser)
 

@@ -17,6 +17,7 @@ import sys
 
 from netbridge.client import Client, PortClosed, PortError, Reason, connect
 from netbridge.errors import NetbridgeError
+from netbridge.ipc.offloads import NO_OFFLOADS, Offload
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ class Service:
     """One of them. `name` is what the driver calls it; the methods are for it to fill in."""
 
     name: str
+    offloads: Offload = NO_OFFLOADS
+    """Those that it can take."""
 
     def begin(self, client: Client) -> None:
         """A session has begun."""
@@ -87,7 +90,7 @@ def run(
 def _serve(service: Service, options: argparse.Namespace, wakeup_fd: int, say: Callable[..., None]) -> None:
     """Serves session after session; returns when the service's work is done."""
     while True:
-        with connect(options.socket, name=service.name, wait=options.wait) as client:
+        with connect(options.socket, name=service.name, offloads=service.offloads, wait=options.wait) as client:
             service.begin(client)
             say(
                 "connected",

@@ -3,8 +3,9 @@
     netbridge tap --name nb0 --address 192.0.2.2/24 --address 2001:db8::2/64
 
 Programs use the interface as any other. MAC address, MTU and link are the device's, and follow it; while no driver is
-there the interface has no carrier. The loop is C (nb_client_tap). Started as root, it is another user (--user) with
-CAP_NET_ADMIN and no other right before it connects.
+there the interface has no carrier. What the session has of offloads the interface has: so TCP is cut into segments, and
+checksums are made, by the device or whoever is behind it. The loop is C (nb_client_tap). Started as root, it is another
+user (--user) with CAP_NET_ADMIN and no other right before it connects.
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from contextlib import suppress
 
 from netbridge.client import Client, PortError
 from netbridge.datapath._core import ffi, lib
 from netbridge.errors import NetbridgeError
+from netbridge.ipc.offloads import NO_OFFLOADS, Offload
 from netbridge.services import arguments, rights, service
 from netbridge.services.pcapng import Capture
 from netbridge.services.tapdevice import TapDevice, TapFailed
@@ -25,13 +28,14 @@ if TYPE_CHECKING:
     from typing import Any
 
 _ETHERNET, _VLAN_TAG = 14, 4
-_COUNTS = ("frames_in", "bytes_in", "frames_out", "bytes_out", "refused", "too_long")
+_COUNTS = ("frames_in", "bytes_in", "frames_out", "bytes_out", "refused", "too_long", "bad_headers")
 
 
 class Tap(service.Service):
     name = "netbridge-tap"
 
-    def __init__(self, device: TapDevice, capture: Capture | None = None) -> None:
+    def __init__(self, device: TapDevice, capture: Capture | None = None, *, offloads: Offload = NO_OFFLOADS) -> None:
+        self.offloads = offloads
         self._device = device
         self._capture = capture
         self._native = ffi.new("struct nb_tap *", {"fd": device.fd})
@@ -40,12 +44,13 @@ class Tap(service.Service):
         self._native.pieces = 0
         if self._capture is not None:
             self._capture.begin(client)
+        self._device.begin(client.offloads, client.largest)
         self.notice(client)
 
     def notice(self, client: Client) -> None:
-        # A tagged frame has to fit a buffer, too.
-        room = client.room - _ETHERNET - _VLAN_TAG
-        self._device.follow(client.mac, min(client.mtu, room), client.link_up)
+        # A tagged frame has to fit, too.
+        longest = client.largest - _ETHERNET - _VLAN_TAG
+        self._device.follow(client.mac, min(client.mtu, longest), client.link_up)
 
     def work(self, client: Client, control_fd: int) -> bool:
         result = lib.nb_client_tap(client.native, self._native, control_fd)
@@ -56,7 +61,8 @@ class Tap(service.Service):
         return True
 
     def end(self) -> None:
-        self._device.set_carrier(False)
+        with suppress(TapFailed):  # which ends the session, and is told already
+            self._device.set_carrier(False)
         if self._capture is not None:
             self._capture.end()
 
@@ -76,7 +82,8 @@ def main(options: argparse.Namespace) -> int:
             device.configure(options.address)
             if user is not None:
                 rights.become(user, rights.CAP_NET_ADMIN)
-            return service.run(Tap(device, capture), options)
+            offloads = NO_OFFLOADS if options.no_offloads else device.offloads
+            return service.run(Tap(device, capture, offloads=offloads), options)
     except NetbridgeError as error:
         print(f"{Tap.name}: {error}", file=sys.stderr)
         return error.exit_code

@@ -9,15 +9,27 @@ import random
 import socket
 import sys
 import time
+from collections.abc import Iterator
 
 PORT, UDP_PORT = 7777, 7778
 CHUNK = 1 << 16
 SECONDS = 60.0
 
 
-def pattern(count: int) -> bytes:
-    """Bytes that repeat nowhere near."""
-    return random.Random(count).randbytes(count)
+def pattern(count: int) -> Iterator[bytes]:
+    """So many bytes, in chunks of which no two are alike."""
+    noise = random.Random(count).randbytes(CHUNK)
+    for number, start in enumerate(range(0, count, CHUNK)):
+        yield (number.to_bytes(8, "big") + noise[8:])[: count - start]
+
+
+def give(connection: socket.socket, count: int) -> str:
+    """Sends so many bytes; their SHA-256."""
+    digest = hashlib.sha256()
+    for chunk in pattern(count):
+        connection.sendall(chunk)
+        digest.update(chunk)
+    return digest.hexdigest()
 
 
 def take(connection: socket.socket, count: int) -> str:
@@ -33,8 +45,9 @@ def take(connection: socket.socket, count: int) -> str:
 
 
 def serve(address: str) -> None:
-    """Obeys one line for each connection: `take N` (answers with the SHA-256 of N bytes), `give N` (sends N bytes), or
-    `datagrams` (what has come to the UDP port since the last such line: how many, and how many different)."""
+    """Obeys one line for each connection: `take N` (answers with the SHA-256 of N bytes), `give N` (sends N bytes and
+    their SHA-256), or `datagrams` (what has come to the UDP port since the last such line: how many, and how many
+    different)."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with (
         socket.socket(family, socket.SOCK_DGRAM) as datagrams,
@@ -52,7 +65,7 @@ def serve(address: str) -> None:
                 if verb == "take":
                     connection.sendall(take(connection, int(number)).encode() + b"\n")
                 elif verb == "give":
-                    connection.sendall(pattern(int(number)))
+                    connection.sendall(give(connection, int(number)).encode() + b"\n")
                 else:
                     connection.sendall(json.dumps(waiting(datagrams)).encode() + b"\n")
 
@@ -97,15 +110,11 @@ def send_datagrams(address: str, count: int, length: int) -> dict[str, object]:
 def transfer(address: str, verb: str, count: int) -> dict[str, object]:
     """`take`: the other end takes; `give`: it gives. Both ends' checksums have to agree."""
     began = time.monotonic()
-    data = pattern(count)
     with ask(address, verb, count) as connection:
-        if verb == "take":
-            connection.sendall(data)
-            theirs = read_line(connection).strip()
-        else:
-            theirs = take(connection, count)
+        ours = give(connection, count) if verb == "take" else take(connection, count)
+        theirs = read_line(connection).strip()
     seconds = time.monotonic() - began
-    return {"equal": theirs == hashlib.sha256(data).hexdigest(), "mbit_per_s": round(8e-6 * count / seconds, 1)}
+    return {"equal": ours == theirs, "mbit_per_s": round(8e-6 * count / seconds, 1)}
 
 
 def main() -> None:

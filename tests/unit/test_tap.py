@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
+import struct
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from socket import inet_aton
+from typing import Any
 
 import pytest
-from scapy.layers.inet import ICMP, IP
+from scapy.layers.inet import ICMP, IP, UDP
 from scapy.layers.l2 import ARP, Ether
 from scapy.packet import Raw
 
+from netbridge.ipc.offloads import GSO_TCPV4, NEEDS_CSUM, Offload, VirtioNetHeader
 from netbridge.ipc.server import ClientReady
 from tests.unit.port_fakes import DEADLINE_SECONDS, FACTS, MAC, STRIDE, FakeRings, OfferedSession, ServedPort
 
@@ -50,15 +55,22 @@ def tap(path: Path, *options: str) -> Iterator[subprocess.Popen[str]]:
 
 
 @contextmanager
-def session(tmp_path: Path, *options: str) -> Iterator[tuple[FakeRings, ServedPort, subprocess.Popen[str]]]:
+def session(
+    tmp_path: Path, *options: str, **geometry: Any
+) -> Iterator[tuple[FakeRings, ServedPort, subprocess.Popen[str]]]:
     path = tmp_path / "aethernet.sock"
-    with OfferedSession() as offered, ServedPort(path) as port:
+    with (
+        OfferedSession(**geometry) as offered,
+        ServedPort(path, agree=lambda asked: asked & offered.session.offloads) as port,
+    ):
         with port.paused() as server:
             server.offer(offered.session)
         driver = FakeRings(offered)
         with tap(path, "--address", f"{OURS}/24", "--name", "nb7", "--wait", "60", *options) as process:
             # Longer than other services: it imports pyroute2, and makes a network namespace.
             assert isinstance(port.events.get(timeout=6 * DEADLINE_SECONDS), ClientReady)
+            assert process.stdout is not None
+            assert json.loads(process.stdout.readline())["event"] == "connected"
             yield driver, port, process
 
 
@@ -124,6 +136,107 @@ def test_the_interface_is_as_the_device_is(tmp_path: Path) -> None:
         with port.paused() as server:
             server.update(FACTS._replace(mtu=9000))
         await_link(process, address=MAC.hex(":"), mtu=ROOM - 18, operstate="UP")  # a frame has to fit a buffer
+
+
+@pytest.mark.parametrize(("pieces", "mtu"), [(1, ROOM - 18), (3, 3 * ROOM - 18), (5, 9000)])
+def test_the_mtu_is_what_a_frame_may_have_in_all_its_pieces(tmp_path: Path, pieces: int, mtu: int) -> None:
+    with session(tmp_path, tx_count=8, tx_pieces=pieces, tx_largest=9022) as (driver, port, process):
+        resolve(driver)
+        with port.paused() as server:
+            server.update(FACTS._replace(mtu=9000))
+        await_link(process, mtu=mtu, operstate="UP")
+        request = Ether(src=PEER_MAC, dst=MAC.hex(":")) / IP(src=PEER, dst=OURS) / ICMP(id=1, seq=7)
+        payload = os.urandom(mtu - 28)
+        driver.deliver(bytes(request / Raw(payload)))
+        reply = await_icmp(driver)
+        assert (reply.type, reply.seq, bytes(reply.payload)) == (0, 7, payload)
+
+
+UDP_ECHO = """
+import socket
+with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as echo:
+    echo.bind(("", 7))
+    print("bound", flush=True)
+    while True:
+        data, sender = echo.recvfrom(65536)
+        echo.sendto(data, sender)
+"""
+CHECKSUM_OFFLOADS = Offload.CSUM | Offload.GUEST_CSUM
+
+
+@pytest.mark.parametrize(
+    ("options", "offloads", "left"),
+    [((), CHECKSUM_OFFLOADS, True), ((), 0, False), (("--no-offloads",), CHECKSUM_OFFLOADS, False)],
+)
+def test_checksums_are_left_to_the_device_that_can_make_them(
+    tmp_path: Path, options: tuple[str, ...], offloads: int, left: bool
+) -> None:
+    offered = 0 if "--no-offloads" in options else offloads
+    with session(tmp_path, *options, offloads=offered) as (driver, _, process):
+        resolve(driver)
+        namespace = ["nsenter", f"--net=/proc/{process.pid}/ns/net"]
+        with subprocess.Popen([*namespace, sys.executable, "-c", UDP_ECHO], stdout=subprocess.PIPE, text=True) as echo:
+            try:
+                assert echo.stdout is not None
+                assert echo.stdout.readline() == "bound\n"
+                question = IP(src=PEER, dst=OURS) / UDP(sport=4000, dport=7) / Raw(b"data" * 100)
+                whole = bytes(Ether(src=PEER_MAC, dst=MAC.hex(":")) / question)
+                header = b""
+                if left:
+                    # As Linux hands it over: the field holds the sum of the pseudo header, the rest is to be added.
+                    header = VirtioNetHeader(NEEDS_CSUM, csum_start=34, csum_offset=6).pack()
+                    whole = whole[:40] + in4_pseudo(question).to_bytes(2, "big") + whole[42:]
+                driver.deliver(whole, header=header)
+                frame, header = await_udp(driver)
+            finally:
+                echo.kill()
+        answer = Ether(frame)
+        assert bytes(answer[UDP].payload) == b"data" * 100
+        if left:
+            said = VirtioNetHeader.unpack(header)
+            assert (said.flags, said.gso_type, said.csum_start, said.csum_offset) == (NEEDS_CSUM, 0, 34, 6)
+            assert answer[UDP].chksum == in4_pseudo(answer[IP])
+        else:
+            assert header == b""
+            sum_there = answer[UDP].chksum
+            del answer[UDP].chksum
+            assert Ether(bytes(answer))[UDP].chksum == sum_there
+
+
+def in4_pseudo(packet: IP) -> int:
+    """The sum of the pseudo header (RFC 768), not complemented."""
+    length = len(bytes(packet[UDP]))
+    words = inet_aton(packet.src) + inet_aton(packet.dst) + struct.pack("!HH", 17, length)
+    total: int = sum(struct.unpack("!6H", words))
+    return (total & 0xFFFF) + (total >> 16)
+
+
+def await_udp(driver: FakeRings) -> tuple[bytes, bytes]:
+    """The next datagram and the virtio header in front of it."""
+    deadline = time.monotonic() + DEADLINE_SECONDS
+    while time.monotonic() < deadline:
+        for frame, header, _ in driver.take_sent_with_headers():
+            packet = Ether(frame)
+            if ARP in packet:
+                answer = ARP(op=2, hwsrc=PEER_MAC, psrc=PEER, hwdst=MAC.hex(":"), pdst=OURS)
+                driver.deliver(bytes(Ether(src=PEER_MAC, dst=MAC.hex(":")) / answer))
+            elif UDP in packet:
+                return frame, header
+        select.select([driver.client_doorbell], [], [], 0.01)
+    raise AssertionError("no datagram came")
+
+
+def test_a_header_that_does_not_fit_its_frame_goes_no_further(tmp_path: Path) -> None:
+    with session(tmp_path, offloads=CHECKSUM_OFFLOADS) as (driver, _, process):
+        resolve(driver)
+        request = bytes(Ether(src=PEER_MAC, dst=MAC.hex(":")) / IP(src=PEER, dst=OURS) / ICMP(id=1, seq=1))
+        driver.deliver(request, header=VirtioNetHeader(NEEDS_CSUM, csum_start=len(request), csum_offset=0).pack())
+        driver.deliver(request, header=VirtioNetHeader(gso_type=GSO_TCPV4, gso_size=1).pack())
+        driver.deliver(request, header=VirtioNetHeader().pack())
+        assert await_icmp(driver).type == 0
+        process.send_signal(signal.SIGTERM)
+        out, _ = process.communicate(timeout=DEADLINE_SECONDS)
+        assert json.loads(out.splitlines()[-1])["bad_headers"] == 2
 
 
 def await_link(process: subprocess.Popen[str], **wanted: object) -> dict[str, object]:

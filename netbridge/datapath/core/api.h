@@ -442,14 +442,15 @@ int nb_client_capture(struct nb_client *client, int control_fd, uint64_t most);
 
 /* A TAP device behind the port, and what went through it in all sessions. */
 struct nb_tap {
-    int fd;             /* IFF_NO_PI, O_NONBLOCK */
+    int fd;             /* IFF_NO_PI, IFF_VNET_HDR with NB_NET_HEADER_BYTES (little-endian), O_NONBLOCK */
     int error;          /* errno that ended the loop */
     uint64_t frames_in; /* from the port into the TAP device */
     uint64_t bytes_in;
     uint64_t frames_out; /* from the TAP device to the port */
     uint64_t bytes_out;
-    uint64_t refused;  /* frames that the TAP device did not take */
-    uint64_t too_long; /* frames from the TAP device that fit no buffer */
+    uint64_t refused;     /* frames that the TAP device did not take */
+    uint64_t too_long;    /* frames from the TAP device that are longer than the session lets a client send */
+    uint64_t bad_headers; /* frames, of either direction, whose virtio header is none that the session can have */
     /* private: pieces of a frame that has not come whole; 0 them at a session's beginning */
     uint32_t pieces;
     struct nb_piece partial[64];

@@ -141,6 +141,9 @@ model: | host-spin ## model-check wake-ups, memory ordering and ownership; every
 host-spin: | host-packages
 	$(call install-for,model,spin,spin)
 
+host-iperf3: | host-packages
+	$(call install-for,bench,iperf3,iperf3)
+
 # How long make fuzz looks for more.
 FUZZ_SECONDS ?= 60
 
@@ -170,7 +173,7 @@ $(BENCH_SETUP): $(SETUP)
 	$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[dev,bench]'
 	@touch $@
 
-bench: $(BENCH_SETUP) | host-dpdk ## beside its peers, in turns: a table and pictures in build/bench
+bench: $(BENCH_SETUP) | host-dpdk host-iperf3 ## beside its peers, in turns: a table and pictures in build/bench
 	ACCEL=$(ACCEL) $(PY) -m tests.bench $(ARGS)
 
 bench-quick: $(BENCH_SETUP) | host-dpdk ## the same with fewer metrics and rounds

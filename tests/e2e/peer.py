@@ -1,8 +1,9 @@
-"""One end of a conversation between two guests: `python3 -m tests.e2e.peer serve ADDRESS`, or with other verbs the end
-that asks (they print JSON). What is asked for goes over a TCP connection; see `serve`."""
+"""One end of a conversation between two guests: `python3 -m tests.e2e.peer serve ADDRESS` for TCP, `count ADDRESS` for
+datagrams, or with other verbs the end that begins (they print JSON)."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import random
@@ -45,29 +46,18 @@ def take(connection: socket.socket, count: int) -> str:
 
 
 def serve(address: str) -> None:
-    """Obeys one line for each connection: `take N` (answers with the SHA-256 of N bytes), `give N` (sends N bytes and
-    their SHA-256), or `datagrams` (what has come to the UDP port since the last such line: how many, and how many
-    different)."""
+    """Obeys one line for each connection: `take N` (answers with the SHA-256 of N bytes) or `give N` (sends N bytes and
+    their SHA-256)."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    with (
-        socket.socket(family, socket.SOCK_DGRAM) as datagrams,
-        socket.create_server((address, PORT), family=family) as server,
-    ):
-        datagrams.setsockopt(socket.SOL_SOCKET, 33, 1 << 24)  # SO_RCVBUFFORCE (asm-generic/socket.h)
-        datagrams.bind((address, UDP_PORT))
-        datagrams.setblocking(False)
+    with socket.create_server((address, PORT), family=family) as server:
         print("serving", flush=True)
         while True:
             connection, _ = server.accept()
             with connection:
                 connection.settimeout(SECONDS)
                 verb, number = read_line(connection).split()
-                if verb == "take":
-                    connection.sendall(take(connection, int(number)).encode() + b"\n")
-                elif verb == "give":
-                    connection.sendall(give(connection, int(number)).encode() + b"\n")
-                else:
-                    connection.sendall(json.dumps(waiting(datagrams)).encode() + b"\n")
+                digest = (take if verb == "take" else give)(connection, int(number))
+                connection.sendall(digest.encode() + b"\n")
 
 
 def read_line(connection: socket.socket) -> str:
@@ -81,13 +71,20 @@ def read_line(connection: socket.socket) -> str:
     return line.decode()
 
 
-def waiting(datagrams: socket.socket) -> list[int]:
-    came = []
-    while True:
-        try:
-            came.append(datagrams.recv(CHUNK)[:4])
-        except BlockingIOError:
-            return [len(came), len(set(came))]
+def count(address: str) -> None:
+    """Says how many datagrams have come, and how many different ones, for each line on standard input."""
+    came: list[bytes] = []
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as datagrams:
+        datagrams.setsockopt(socket.SOL_SOCKET, 33, 1 << 24)  # SO_RCVBUFFORCE (asm-generic/socket.h)
+        datagrams.bind((address, UDP_PORT))
+        datagrams.setblocking(False)
+        print("counting", flush=True)
+        for _ in sys.stdin:
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    came.append(datagrams.recv(CHUNK)[:4])
+            print(json.dumps({"came": len(came), "different": len(set(came))}), flush=True)
 
 
 def ask(address: str, verb: str, number: int) -> socket.socket:
@@ -96,15 +93,13 @@ def ask(address: str, verb: str, number: int) -> socket.socket:
     return connection
 
 
-def send_datagrams(address: str, count: int, length: int) -> dict[str, object]:
-    """Sends datagrams as fast as they go, and asks how many came: TCP comes behind them on the same way."""
+def send_datagrams(address: str, number: int, length: int) -> dict[str, int]:
+    """Sends datagrams as fast as they go."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with socket.socket(family, socket.SOCK_DGRAM) as sender:
-        for number in range(count):
-            sender.sendto(number.to_bytes(4, "big") + bytes(length - 4), (address, UDP_PORT))
-    with ask(address, "datagrams", 0) as connection:
-        came, different = json.loads(read_line(connection))
-    return {"sent": count, "came": came, "different": different}
+        for each in range(number):
+            sender.sendto(each.to_bytes(4, "big") + bytes(length - 4), (address, UDP_PORT))
+    return {"sent": number}
 
 
 def transfer(address: str, verb: str, count: int) -> dict[str, object]:
@@ -121,6 +116,8 @@ def main() -> None:
     verb, address, *numbers = sys.argv[1:]
     if verb == "serve":
         serve(address)
+    elif verb == "count":
+        count(address)
     elif verb == "datagrams":
         print(json.dumps(send_datagrams(address, *map(int, numbers))))
     else:

@@ -111,7 +111,9 @@ def pair(guests: Session, name: str, recipe: Path | None = None) -> Iterator[Pai
 
 def ping(guest: Guest, address: str, size: int = 56, count: int = 5) -> None:
     words = ["-6"] if ":" in address else []
-    done = guest.run(["/usr/lib/guest/busybox", "ping", *words, "-c", str(count), "-W", "10", "-s", str(size), address])
+    done = guest.run(
+        ["/usr/lib/guest/busybox", "ping", *words, "-c", str(count), "-i", "0.2", "-W", "10", "-s", str(size), address]
+    )
     assert re.search(rf"{count} packets transmitted, {count} packets received, 0% packet loss", done.stdout), (
         done.stdout
     )

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from typing import Any
 
 import pytest
@@ -69,6 +70,16 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     )
 
 
+def _save_coverage() -> None:
+    """What has been measured so far is where the host can fetch it, whatever the next test does to this process."""
+    if "coverage" in sys.modules:
+        import coverage
+
+        measuring = coverage.Coverage.current()
+        if measuring is not None:
+            measuring.save()
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtestloop(session: pytest.Session) -> bool:
     items = {item.nodeid: item for item in session.items}
@@ -80,5 +91,6 @@ def pytest_runtestloop(session: pytest.Session) -> bool:
             _tell("unknown", nodeid=request["run"], errors=_errors)
             continue
         item.config.hook.pytest_runtest_protocol(item=item, nextitem=items.get(request["next"]))
+        _save_coverage()
         _tell("done", nodeid=item.nodeid)
     return True

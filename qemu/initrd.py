@@ -25,6 +25,7 @@ FILES = {
     f"{GUEST}/fstab.early": "fstab.early",
     f"{GUEST}/fstab": "fstab",
     f"{GUEST}/fstab.late": "fstab.late",
+    f"{GUEST}/core": "core",
     AGENT: "agent.py",
 }
 """Where in the initramfs each file of images/ goes."""

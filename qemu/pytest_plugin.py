@@ -44,7 +44,7 @@ from qemu.guest import Guest
 from qemu.images import Image
 from qemu.inside import Inside
 from qemu.remote import Report
-from qemu.session import Booted, Session, summary
+from qemu.session import EXIT_INFRASTRUCTURE, Booted, Session, exit_code, summary
 from qemu.truth import KINDS, STALL, Truth
 
 if TYPE_CHECKING:
@@ -137,7 +137,12 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     ours.close()
     output = getattr(session.config, "workeroutput", None)
     if output is not None:
-        output["guests"] = [[list(guest) for guest in ours.booted], ours.infrastructure]
+        output["guests"] = [[list(guest) for guest in ours.booted], [list(entry) for entry in ours.infrastructure]]
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is not None:
+        failed = [report.nodeid for kind in ("failed", "error") for report in reporter.stats.get(kind, [])]
+        session.exitstatus = exit_code(int(session.exitstatus), failed, ours.infrastructure)
+        ours.only_infrastructure = session.exitstatus == EXIT_INFRASTRUCTURE
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -146,15 +151,17 @@ def pytest_testnodedown(node: Any) -> None:
     booted, infrastructure = getattr(node, "workeroutput", {}).get("guests", ([], []))
     session = node.config.stash[KEY]
     session.booted += [Booted(*facts) for facts in booted]
-    session.infrastructure += infrastructure
+    session.infrastructure += [(nodeid, reason) for nodeid, reason in infrastructure]
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     session = config.stash[KEY]
     if session.infrastructure:
-        terminalreporter.section("trouble with the harness, not with what is tested")
-        for line in session.infrastructure:
-            terminalreporter.write_line(line)
+        only = f" (nothing else failed: exit code {EXIT_INFRASTRUCTURE})"
+        more = only if session.only_infrastructure else ""
+        terminalreporter.section(f"trouble with the harness, not with what is tested{more}")
+        for nodeid, reason in session.infrastructure:
+            terminalreporter.write_line(f"{nodeid}: {reason}")
     if session.booted:
         terminalreporter.write_line(f"guests: {summary(session.booted)}; artefacts in {session.artefacts}")
     reasons: Counter[str] = Counter()
@@ -215,7 +222,7 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
         reports = [_skipped(item, lacking)] if lacking else remote.run(item.nodeid, following, timeout)
         trouble = remote.guest.kernel_trouble()[trouble_before:]
     except HarnessError as error:
-        session.infrastructure.append(f"{item.nodeid}: {str(error).splitlines()[0]}")
+        session.infrastructure.append((item.nodeid, str(error).splitlines()[0]))
         text = f"{type(error).__name__}: {error}"
         reports = [Report(item.nodeid, "setup", "failed", longrepr=text, crash=("", 0, text.splitlines()[0]))]
         trouble = []
@@ -322,7 +329,7 @@ def pytest_runtest_makereport(
     report = yield
     if call.excinfo is not None and isinstance(call.excinfo.value, HarnessError):
         text = f"{type(call.excinfo.value).__name__}: {call.excinfo.value}"
-        item.config.stash[KEY].infrastructure.append(f"{item.nodeid}: {text.splitlines()[0]}")
+        item.config.stash[KEY].infrastructure.append((item.nodeid, text.splitlines()[0]))
     if report.when == "call" and report.failed:
         funcargs = getattr(item, "funcargs", {})
         _shell_on_fail(item.config, item.nodeid, funcargs.get("guest") or funcargs.get("shared_guest"))

@@ -6,7 +6,9 @@ failure of the test that ran; the next test gets a new process.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
 import signal
 import time
 from collections.abc import Sequence
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from qemu.agent import CommandError, GuestProcess
+from qemu.errors import AgentError
 from qemu.inside import Inside
 
 HOME = "/run/harness"
@@ -22,6 +25,7 @@ NIC_VARIABLE = "HARNESS_NIC"
 """Tells the tests the PCI address of the NIC that they may take, where they are not to choose."""
 PLUGIN = Path(__file__).parents[1] / "images" / "remote_pytest.py"
 START_SECONDS = 60.0
+COUNTS = re.compile(r"[\w-][\w.-]*\.gcda")
 DIE_SECONDS = 5.0
 SAVE_SECONDS = 30.0
 
@@ -46,9 +50,10 @@ class RemoteTests:
     """A resident pytest in `guest`, which has collected `paths` below `root`, the guest's copy of the project.
 
     `options` are more arguments for it; `configuration` is the host's file of pytest settings, used there too; `log`
-    gets what it prints besides reports. Into the directory `coverage` comes, when it is closed, a file of coverage.py's
-    data on the Python below `root` that ran in it. Collecting may take `patience` times as long as usual.
-    What this puts there besides is in the directory `home`; `nic` is the PCI function that the tests may take.
+    gets what it prints besides reports. Into the directory `coverage` comes, after each test, a file of coverage.py's
+    data on the Python below `root` that ran in it, and when it is closed, what C compiled for gcov has counted.
+    Collecting may take `patience` times as long as usual. What this puts there besides is in the directory `home`;
+    `nic` is the PCI function that the tests may take.
     """
 
     def __init__(
@@ -103,6 +108,7 @@ class RemoteTests:
                     text = f"the guest's pytest did not collect this test:\n{errors}"
                     return [Report(nodeid, "setup", "failed", longrepr=text, crash=("", 0, text.splitlines()[0]))]
                 elif event["event"] == "done":
+                    self._keep_coverage()
                     return reports
         except CommandError:
             # Its own answer to SIGABRT is the traceback of every thread, on stderr.
@@ -121,6 +127,7 @@ class RemoteTests:
             self.guest.put(self._configuration, f"{self._home}/{self._configuration.name}")
             options += ["-c", f"{self._home}/{self._configuration.name}"]
         self._position, self._partial = 0, b""
+        self._ident = f"{time.time_ns()}"
         self._process = self.guest.start(
             ["python3", "-m", *self._measured(), "pytest", *options, *self._paths],
             cwd=self._root,
@@ -130,10 +137,29 @@ class RemoteTests:
                 "PYTHONDONTWRITEBYTECODE": "1",
                 "COVERAGE_CORE": "sysmon",
                 **({} if self._nic is None else {NIC_VARIABLE: self._nic}),
+                # For what is compiled with --coverage: its counts come when the process ends, all into one directory.
+                **({} if self._coverage is None else {"GCOV_PREFIX": f"{self._home}/gcov", "GCOV_PREFIX_STRIP": "99"}),
             },
             stdin=True,
         )
         self._event(self._start_seconds)
+
+    def _keep_coverage(self) -> None:
+        """Fetch what has been measured up to the test that is done."""
+        if self._coverage is not None:
+            with contextlib.suppress(AgentError):  # nothing was measured yet
+                self.guest.get(f"{self._home}/coverage.data", self._coverage / f"data.guest.{self._ident}")
+
+    def _keep_counts(self) -> None:
+        """Fetch what compiled code has counted, which it writes down when its process ends well."""
+        assert self._coverage is not None
+        for name in self.guest.eval(
+            f"import os; os.listdir('{self._home}/gcov') if os.path.isdir('{self._home}/gcov') else []"
+        ):
+            if COUNTS.fullmatch(name):
+                kept = self._coverage / f"gcov.guest.{self._ident}"
+                kept.mkdir(exist_ok=True)
+                self.guest.get(f"{self._home}/gcov/{name}", kept / name)
 
     def _measured(self) -> list[str]:
         """The words that have coverage.py run what follows, after it was put there."""
@@ -168,7 +194,12 @@ class RemoteTests:
         when = phases[min(len(reports), 2)]
         words = "\n".join(process.stderr.rstrip().splitlines()[-60:])
         ended = "" if process.returncode is None else f" (exit code {process.returncode})"
-        text = f"{what}{ended}\n--- end of what it said\n{words}"
+        lost = (
+            ""
+            if self._coverage is None
+            else "\nWhat ran of Python in this test, and of C in this process, is not measured."
+        )
+        text = f"{what}{ended}{lost}\n--- end of what it said\n{words}"
         return Report(nodeid, when, "failed", longrepr=text, crash=("", 0, f"{what}{ended}"))
 
     def _keep_log(self) -> None:
@@ -183,7 +214,8 @@ class RemoteTests:
             try:
                 self._process.wait(DIE_SECONDS if self._coverage is None else SAVE_SECONDS)
                 if self._coverage is not None:
-                    self.guest.get(f"{self._home}/coverage.data", self._coverage / f"data.guest.{time.time_ns()}")
+                    self._keep_coverage()
+                    self._keep_counts()
             except CommandError:
                 self._process.kill()
         self._keep_log()

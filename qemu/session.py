@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import shlex
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +23,15 @@ from qemu.remote import HOME, RemoteTests
 from qemu.target import Target
 
 BOOT_SECONDS = 180.0
+EXIT_INFRASTRUCTURE = 8
+"""The exit code of a run in which all that failed did so for reasons of the harness; one of pytest's own is 1."""
 MEMORY_MB = 512
+
+
+def exit_code(code: int, failed: Iterable[str], infrastructure: Iterable[tuple[str, str]]) -> int:
+    """The exit code of a run that pytest would end with `code`; `failed` are the nodeids of what failed in it."""
+    blamed = {nodeid for nodeid, _ in infrastructure}
+    return EXIT_INFRASTRUCTURE if code == 1 and blamed and blamed.issuperset(failed) else code
 
 
 class Booted(NamedTuple):
@@ -72,8 +80,10 @@ class Session:
         self.artefacts = base.absolute() / worker
         self.booted: list[Booted] = []
         """Each guest that came up, for the summary."""
-        self.infrastructure: list[str] = []
+        self.infrastructure: list[tuple[str, str]] = []
         """What failed for reasons of the harness, not of what is tested: nodeid and reason."""
+        self.only_infrastructure = False
+        """Whether nothing failed but for such reasons, once all is over."""
         self.needs = Needs()
         self.patience = patience(str(config.getini("guest_patience")))
         self.target = Target.chosen(config, self.artefacts, self.patience, self.say)
@@ -104,6 +114,8 @@ class Session:
     def accel(self) -> str:
         """The accelerator that was asked for."""
         if self.config.getoption("require_kvm"):
+            if self.config.getoption("accel") == "tcg":
+                raise pytest.UsageError("--require-kvm and --accel tcg: it can be one of the two")
             return "kvm"
         return str(self.config.getoption("accel") or "auto")
 

@@ -41,9 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--quick", action="store_true", help="fewer metrics and rounds: two minutes in all")
     parser.add_argument("--rounds", type=int, help=f"default {ROUNDS}, or {QUICK_ROUNDS} with --quick")
-    parser.add_argument(
-        "--only", metavar="TEXT", default="", help="metrics with this in their name; report.json stays"
-    )
+    parser.add_argument("--only", metavar="TEXT", default="", help="metrics with this in their name; report.json stays")
     parser.add_argument("--json", action="store_true", help="print this run's rows instead of the table")
     options = parser.parse_args(arguments)
     unknown = [name for name in options.benches if name not in known]

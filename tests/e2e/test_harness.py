@@ -5,7 +5,9 @@ from __future__ import annotations
 import fcntl
 import functools
 import os
+import re
 import select
+import shutil
 import signal
 import stat
 import struct
@@ -13,13 +15,14 @@ import subprocess
 import sys
 import termios
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from scapy.layers.l2 import ARP, Ether
 from scapy.utils import PcapNgReader
 
+import qemu.guest
 from qemu import accel
 from qemu.agent import CommandTimedOut
 from qemu.errors import AcceleratorUnavailable, GuestLost, GuestNeverCameUp, GuestPanicked
@@ -204,6 +207,22 @@ def test_what_is_kept(guests: Session, tmp_path: Path) -> None:
     assert "Kernel panic" in output
 
 
+def test_a_core_is_kept(guests: Session) -> None:
+    """Of a process that may leave none, and has another identity than it began with."""
+    with guests.boot("core", nics=[Nic()]) as guest:
+        ended = guest.run(
+            ["sh", "-c", "ulimit -c 0; exec python3 -c 'import os; os.abort()'"], user="nobody", check=False
+        )
+        assert ended.returncode == -signal.SIGABRT
+        guest.run(["python3", "-c", "import os; os.kill(os.getpid(), 31)"], check=False)  # a filter: not kept
+        kept = guest.artefacts / "cores"
+    (core,) = kept.iterdir()
+    assert re.fullmatch(r"python3[0-9.]*\.[0-9]+\.6\.core", core.name)
+    head = core.read_bytes()[:18]
+    assert head[:4] == b"\x7fELF"
+    assert head[16] == 4  # ET_CORE (elf.h)
+
+
 # The shell
 
 
@@ -339,41 +358,89 @@ def test_a_machine_that_qemu_refuses(guests: Session, artefacts: Path) -> None:
 # The accelerator
 
 
+# A QEMU that does under KVM what it is told to in its first line, and is itself otherwise.
+BAD_QEMU = """\
+#!{python}
+import json, os, re, signal, socket, sys, time
+if "kvm" not in sys.argv:
+    os.execv({real!r}, sys.argv)
+how = {how!r}
+if how == "abort":
+    print({words!r}, file=sys.stderr, flush=True)
+    os.kill(os.getpid(), signal.SIGABRT)
+control = next(word for word in sys.argv if word.endswith("id=control"))
+qmp = socket.socket(fileno=int(re.search("fd=([0-9]+)", control)[1]))
+def tell(**what):
+    qmp.sendall(json.dumps(what).encode() + b"\\n")
+version = {{"qemu": {{"major": 7, "minor": 2, "micro": 0}}, "package": ""}}
+tell(QMP={{"version": version, "capabilities": []}})
+while asked := qmp.recv(65536):  # one at a time: the next comes when this one is answered
+    asked = json.loads(asked)
+    tell(**{{"return": {{"status": "internal-error"}}, "id": asked.get("id")}})
+    if asked["execute"] == "qmp_capabilities":
+        if how == "internal-error":
+            print({words!r}, file=sys.stderr, flush=True)
+            tell(event="STOP", timestamp={{"seconds": 0, "microseconds": 0}})
+        while how == "spin":
+            pass
+"""
+
+
 @pytest.fixture
-def broken_kvm(artefacts: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A /dev/kvm that opens, with a QEMU that ends at once when it is to use it."""
+def kvm_that(artefacts: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
+    """Makes a /dev/kvm that opens, with a QEMU that cannot run a guest with it: aborts, stops, spins, or does nothing.
+    Gives what that QEMU says on its stderr."""
     words = "error: failed to set MSR 0x48f to 0x7fffff00036dfb"
+    real = shutil.which("qemu-system-x86_64")
     device = artefacts / "kvm"
     device.touch()
     fake = artefacts / "bin" / "qemu-system-x86_64"
     fake.parent.mkdir(exist_ok=True)
-    real = subprocess.run(["which", "qemu-system-x86_64"], check=True, capture_output=True, text=True).stdout.strip()
-    fake.write_text(
-        f'#!/bin/sh\ncase " $* " in *" -accel kvm "*) echo "{words}" >&2; kill -ABRT $$;; esac\nexec {real} "$@"\n'
-    )
-    fake.chmod(0o755)
     monkeypatch.setenv("PATH", f"{fake.parent}:{os.environ['PATH']}")
     monkeypatch.setattr(accel, "KVM", device)
     monkeypatch.setattr(accel, "cache_root", lambda: artefacts / "cache")
+    monkeypatch.setattr(qemu.guest, "TRIAL_SECONDS", 3.0)  # of processor time, of which there may be little
     monkeypatch.delenv(accel.VARIABLE, raising=False)
-    yield words
+
+    def make(how: str) -> str:
+        fake.write_text(BAD_QEMU.format(python=sys.executable, real=real, how=how, words=words))
+        fake.chmod(0o755)
+        return words
+
+    return make
 
 
-def test_a_kvm_that_opens_and_cannot_run(guest_image: Image, artefacts: Path, broken_kvm: str) -> None:
-    said: list[str] = []
-    with boot(guest_image, artefacts=artefacts, nics=[Nic()], say=said.append) as guest:
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("abort", 'ended by SIGABRT and said "{}"'),
+        ("internal-error", 'QEMU stopped the virtual machine for internal-error: "{}"'),
+        ("spin", "it has used 3 s of processor time without a word on the console"),
+        ("sleep", "it has been idle and silent for 4 s"),
+    ],
+)
+def test_a_kvm_that_opens_and_cannot_run(
+    guest_image: Image, artefacts: Path, kvm_that: Callable[[str], str], how: str, said: str
+) -> None:
+    words = kvm_that(how)
+    reason = said.format(words)
+    told: list[str] = []
+    with boot(guest_image, artefacts=artefacts, nics=[Nic()], say=told.append) as guest:
         assert guest.accel.name == "tcg"
         assert "kvm opens, but" in guest.accel.reason
-        assert broken_kvm in guest.accel.reason
+        assert reason in guest.accel.reason
         guest.wire.send(b"\xff" * 60)  # the wire has survived the change of QEMU
         assert guest.run(["true"]).returncode == 0
-    assert len(said) == 1
-    assert "trying tcg" in said[0]
-    assert (artefacts / "qemu-kvm.log").read_text().strip() == broken_kvm
+    assert len(told) == 1
+    assert "trying tcg" in told[0]
+    if words in reason:
+        assert (artefacts / "qemu-kvm.log").read_text().strip() == words
     again = accel.choose_accelerator(kernel=guest_image.kernel, device=accel.KVM)
     assert (again.name, again.reason) == ("tcg", guest.accel.reason)
-    with pytest.raises(AcceleratorUnavailable, match=f"KVM was demanded, but under it: .*{broken_kvm}"):
+    began = time.monotonic()
+    with pytest.raises(AcceleratorUnavailable, match=f"KVM was demanded, but under it: .*{re.escape(reason)}"):
         boot(guest_image, artefacts=artefacts, accel="kvm")
+    assert time.monotonic() - began < TOLD_SECONDS
 
 
 # A guest that is lost

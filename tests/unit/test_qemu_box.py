@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from coverage import CoverageData
 
 from qemu.box import Box, BoxDescription
 from qemu.errors import GuestLost, HarnessError, RecipeError, ToolMissing
@@ -56,6 +57,41 @@ def test_tests_run_on_a_box(tmp_path: Path) -> None:
         outcomes = {name: remote.run(f"test_it.py::{name}", None, 60)[1].outcome for name in ("test_it", "test_bad")}
         remote.close()
     assert outcomes == {"test_it": "passed", "test_bad": "failed"}
+
+
+@pytest.mark.thorough
+def test_what_was_measured_before_a_crash_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "measured.py").write_text("def ran():\n    return 1\n\ndef lost():\n    return 2\n")
+    (tmp_path / "code" / "test_it.py").write_text(
+        "import measured, os\n"
+        "def test_it(): assert measured.ran()\n"
+        "def test_crash(): measured.lost(); os.kill(os.getpid(), 9)\n"
+        "def test_after(): pass\n"
+    )
+    kept = tmp_path / "coverage"
+    kept.mkdir()
+    with Box(described(tmp_path), tmp_path / "out") as box:
+        root = str(tmp_path / "code")
+        options = ["-p", "no:cacheprovider", "-c", "/dev/null"]
+        remote = RemoteTests(
+            box, [root], root=root, log=tmp_path / "log", options=options, coverage=kept, home=box.scratch
+        )
+        box.start = lambda argv, **more: Box.start(box, [sys.executable, *argv[1:]], **more)  # type: ignore[method-assign]
+        assert remote.run("test_it.py::test_it", None, 60)[1].outcome == "passed"
+        crash = remote.run("test_it.py::test_crash", None, 60)[-1]
+        assert crash.outcome == "failed"
+        assert "What ran of Python in this test, and of C in this process, is not measured." in str(crash.longrepr)
+        assert remote.run("test_it.py::test_after", None, 60)[1].outcome == "passed"
+        remote.close()
+    assert len(list(kept.glob("data.guest.*"))) == 2  # of each process its own
+    lines: set[int] = set()
+    for file in kept.glob("data.guest.*"):
+        data = CoverageData(str(file))
+        data.read()
+        lines |= set(data.lines(f"{root}/measured.py") or ())
+    assert 2 in lines
+    assert 5 not in lines
 
 
 @pytest.mark.thorough

@@ -97,6 +97,30 @@ def test_reports_from_the_guest_count_as_our_own(pytester: pytest.Pytester, monk
     assert 'errors="3" failures="1"' in junit
 
 
+@pytest.mark.parametrize(
+    ("options", "names", "code"),
+    [([], "test_lost or test_good", 8), (["-n1"], "test_lost", 8), (["-n1"], "test_lost or test_bad", 1)],
+)
+def test_the_exit_code_tells_trouble_with_the_harness_from_a_failure(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, options: list[str], names: str, code: int
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    pytester.makeini("[pytest]\nguest_tests = g\naddopts = -p qemu.pytest_plugin --strict-markers")
+    pytester.makeconftest(STAND_IN)
+    pytester.mkdir("g").joinpath("test_it.py").write_text(TESTS)
+    outcome = pytester.runpytest_subprocess("--accel=tcg", "-p", "no:cacheprovider", "-k", names, *options)
+    assert outcome.ret == code
+    said = "(nothing else failed: exit code 8)" in outcome.stdout.str()
+    assert said == (code == 8)
+
+
+def test_kvm_cannot_be_required_and_left_out(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    outcome = pytester.runpytest_subprocess("-p", "qemu.pytest_plugin", "--require-kvm", "--accel=tcg")
+    assert outcome.ret == 4
+    assert "--require-kvm and --accel tcg: it can be one of the two" in outcome.stderr.str() + outcome.stdout.str()
+
+
 def test_options_of_the_host_do_not_reach_the_guest() -> None:
     given = ["-ra", "-p", "qemu.pytest_plugin", "-n", "2", "--strict-markers", "-pno:x", "-n4"]
     assert for_guest(given) == ["-ra", "--strict-markers"]

@@ -13,7 +13,8 @@ PYTEST := $(PY) -m pytest
 ARGS ?=
 # kvm | tcg | auto
 ACCEL ?= auto
-# debian | iommufd | debug: for vfio-test. The latter two are compiled the first time.
+# debian (6.12) | bookworm (6.1) | backports (the newest) | iommufd | debug | all: for qemu-test; vfio-test knows three of
+# them. The last two kernels are compiled the first time, and debug, which watches itself, takes its time.
 KERNEL ?= debian
 
 SETUP := $(VENV)/.set-up
@@ -86,8 +87,17 @@ sanitize: $(SETUP) ## the unit tests that take longer: the C core under sanitize
 VFIO_TESTS := tests/guest/test_vfio_selftests.py tests/guest/test_vfio_device.py
 IN_GUESTS = tests/guest tests/e2e tests/faults $(VFIO_TESTS:%=--ignore=%)
 
-qemu-test: $(SETUP) ## tests in guests: the driver on a real kernel, and end to end with scapy
-	$(PYTEST) $(call tests,$(IN_GUESTS) -m "not thorough") -n 2 --junitxml=build/tests/junit.xml --accel $(ACCEL) $(ARGS)
+KERNELS := debian bookworm backports iommufd debug
+recipes = $(patsubst debian,trixie,$(patsubst backports,trixie-backports,$(patsubst debug,debug:8,$(1:all=$(KERNELS)))))
+
+qemu-test: TESTS = $(call tests,$(IN_GUESTS) -m "not thorough") -n 2
+qemu-test: $(SETUP) ## tests in guests: the driver on a real kernel, and end to end with scapy; KERNEL=all: on each
+	$(if $(filter-out all $(KERNELS),$(KERNEL)),$(error KERNEL is all, or of $(KERNELS), not "$(KERNEL)"))
+ifeq ($(KERNEL),debian)
+	$(PYTEST) $(TESTS) --junitxml=build/tests/junit.xml --accel $(ACCEL) $(ARGS)
+else
+	$(PY) -m qemu.kernels $(call recipes,$(KERNEL)) -- $(TESTS) --accel $(ACCEL) $(ARGS)
+endif
 
 ##@ Longer tests
 

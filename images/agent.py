@@ -190,6 +190,7 @@ class Job:
         self.stdin_ends = False
         self.terminal: int | None = None
         self.halt_at = b""
+        self.halted: list[int] = []  # what stands still, since it has printed that: itself and all that it started
         self.tail = b""
         self.left: dict[int, int] | None = None  # after the exit: bytes still to be read, per pipe
 
@@ -211,6 +212,39 @@ class Writing:
         self.partial = partial
         self.fd = fd
         self.mode = mode
+
+
+def _signal(send: Callable[[int, int], None], target: int, number: int) -> None:
+    try:
+        send(target, number)
+    except ProcessLookupError:
+        pass
+
+
+def _stop_with_children(first: int) -> list[int]:
+    """Stop a process and its descendants, those in sessions of their own, too; returns them once they stand still."""
+    stopped: list[int] = []
+    fresh = [first]
+    while fresh:
+        for pid in fresh:
+            _signal(os.kill, pid, 19)  # SIGSTOP
+        stopped += fresh
+        # Only what stands still cannot start another process.
+        while any(_stat(pid)[0] not in "TtZX" for pid in fresh):
+            time.sleep(0.001)
+        everybody = [int(name) for name in os.listdir("/proc") if name.isdigit()]
+        fresh = [pid for pid in everybody if pid not in stopped and _stat(pid)[1] in stopped]
+    return stopped
+
+
+def _stat(pid: int) -> tuple[str, int]:
+    """State and parent of a process; "X" when there is none."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as file:
+            state, parent = file.read().rpartition(")")[2].split()[:2]
+    except OSError:
+        return "X", 0
+    return state, int(parent)
 
 
 class Agent:
@@ -531,13 +565,15 @@ class Agent:
         self.feed_stdin(job)
 
     def op_kill(self, request: Request) -> None:
-        """Signal a command's whole process group; a command that has ended already is left alone."""
+        """Signal a command's whole process group; a command that has ended already is left alone. What was halted
+        elsewhere goes on afterwards, also to see that the command is gone."""
         job = self.jobs.get(request.id)
-        if job is not None and job.left is None:
-            try:
-                os.killpg(job.process.pid, int(request.header.get("signal", 9)))
-            except ProcessLookupError:
-                pass
+        if job is None or job.left is not None:
+            return
+        _signal(os.killpg, job.process.pid, int(request.header.get("signal", 9)))
+        for pid in job.halted:
+            _signal(os.kill, pid, 18)  # SIGCONT
+        job.halted.clear()
 
     def op_resize(self, request: Request) -> None:
         job = self.jobs.get(request.id)
@@ -592,14 +628,11 @@ class Agent:
         return len(data)
 
     def look_for_halt(self, job: Job, data: bytes) -> None:
-        """Stop the command's whole process group once it has printed what it is to be halted at."""
-        import signal
-
+        """Stop the command, with all that it started, once it has printed what it is to be halted at."""
         text = job.tail + data
         if job.halt_at in text:
             job.halt_at = b""
-            os.killpg(job.process.pid, signal.SIGSTOP)
-            os.waitid(os.P_PID, job.process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+            job.halted = _stop_with_children(job.process.pid)
             self.send({"id": job.id, "event": "halted"})
         else:
             job.tail = text[1 - len(job.halt_at) :] if len(job.halt_at) > 1 else b""

@@ -14,6 +14,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import pytest
+
     from qemu.inside import Inside
 
 NETWORK = "import ctypes, sys; sys.exit(ctypes.CDLL(None).unshare(0x40000000) != 0)"  # CLONE_NEWNET, linux/sched.h
@@ -73,3 +75,15 @@ MARKERS = (
     "needs_iommufd: the guest's kernel has iommufd",
     "needs_hugepages(count): the guest has so many huge pages of 2 MiB (1)",
 )
+
+
+def lacking(item: pytest.Item, guest: Inside | None) -> str | None:
+    """The first need of a test that is not met; without a guest, only those that the host can meet are looked at."""
+    for name, probe in OF_HOST.items():
+        if item.get_closest_marker(name) and (reason := probe()):
+            return reason
+    for name, lacks in OF_GUEST.items():
+        marker = item.get_closest_marker(name)
+        if guest is not None and marker is not None and (reason := lacks(guest, *marker.args)):
+            return reason
+    return None

@@ -6,6 +6,7 @@ host received from the guest.
 
 from __future__ import annotations
 
+import mmap
 import struct
 import threading
 from pathlib import Path
@@ -65,3 +66,30 @@ class Capture:
     def close(self) -> None:
         with self._lock:
             self._file.close()
+
+
+class Tally:
+    """Counts the frames in a capture that is still being written, by their direction, from the file alone."""
+
+    _head = struct.Struct("<II")
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._at = 0
+        self._counts = {OUTBOUND: 0, INBOUND: 0}
+
+    def look(self) -> tuple[int, int]:
+        """Frames to the guest and from it, of those that are in the file whole. Raises ValueError when it is broken."""
+        with self._path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            while self._at + self._head.size <= len(data):
+                kind, size = self._head.unpack_from(data, self._at)
+                end = self._at + size
+                if end > len(data):
+                    break  # the rest of it is on its way
+                if size < 12 or int.from_bytes(data[end - 4 : end], "little") != size:
+                    raise ValueError(f"{self._path}: the block at byte {self._at} is broken")
+                if kind == ENHANCED_PACKET:
+                    # The one option that is there is the last: its value, the end of options, the block's size.
+                    self._counts[int.from_bytes(data[end - 12 : end - 8], "little")] += 1
+                self._at = end
+        return self._counts[OUTBOUND], self._counts[INBOUND]

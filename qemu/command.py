@@ -1,9 +1,10 @@
 """A guest as plain data, and the QEMU command line made of it. Nothing here touches the system.
 
-Two machines are known, each with the only IOMMU that suits it:
+Two machines are known:
 
-- "q35": intel-iommu with interrupt remapping. A NIC sits behind a PCIe root port of its own, where it has a function
-  level reset, error and device-request interrupts and can be unplugged; or on the root bus, where it has none of that.
+- "q35": intel-iommu with interrupt remapping, or virtio-iommu, without. A NIC sits behind a PCIe root port of its own,
+  where it has a function level reset, error and device-request interrupts and can be unplugged; or on the root bus,
+  where it has none of that.
 - "pc": virtio-iommu, as intel-iommu refuses this machine. A NIC at slot 1f is function 00:1f.0 with IRQ 11. The IOMMU
   is at slot 11 so that it does not share that line. There is no interrupt remapping.
 """
@@ -22,6 +23,7 @@ ROOT_PORT_SLOT = 0x6
 KERNEL_WORDS = ("intel_iommu=on", "iommu=nopt", "panic=-1", "console=ttyS0", "no_timer_check")
 """no_timer_check: the kernel panics when too few timer interrupts arrive while it counts cycles, which happens to an
 emulated processor on a busy host. Under KVM the kernel leaves the check out by itself."""
+DEFAULT_IOMMU = {"q35": "intel", "pc": "virtio"}
 AGENT_PORT = "agent.0"
 
 
@@ -43,8 +45,8 @@ class Nic:
     """A virtio-net function behind the IOMMU.
 
     `wire` is where its frames go; without one, booting makes a Wire. `place` is "root-port" or "root-bus" (q35; the
-    machine pc has only a root bus), `addr` the slot there, such as "0x1f". Queue sizes are powers of two, at most
-    1024; QEMU's default is 256. `properties` go to the device as they are, such as {"packed": "on"}.
+    machine pc has only a root bus), `addr` the slot there, such as "0x1f". Queue sizes are powers of two from
+    256, QEMU's default, to 1024. `properties` go to the device as they are, such as {"packed": "on"}.
     """
 
     id: str = "nic0"
@@ -58,8 +60,8 @@ class Nic:
 
     def __post_init__(self) -> None:
         for name, size in (("rx_queue_size", self.rx_queue_size), ("tx_queue_size", self.tx_queue_size)):
-            if size is not None and (size < 64 or size > 1024 or size & (size - 1)):
-                raise ValueError(f"NIC {self.id}: {name} has to be a power of two from 64 to 1024, not {size}")
+            if size is not None and (size < 256 or size > 1024 or size & (size - 1)):
+                raise ValueError(f"NIC {self.id}: {name} has to be a power of two from 256 to 1024, not {size}")
         if self.place not in ("root-port", "root-bus"):
             raise ValueError(f'NIC {self.id}: place is "root-port" or "root-bus", not {self.place!r}')
 
@@ -86,6 +88,8 @@ class Machine:
     disks: tuple[Disk, ...] = ()
     nics: tuple[Nic, ...] = ()
     machine: Literal["q35", "pc"] = "q35"
+    iommu: Literal["intel", "virtio"] | None = None
+    """None: intel's on q35, virtio's on pc."""
     accel: Literal["kvm", "tcg"] = "tcg"
     cpu: str | None = None
     memory_mb: int = 512
@@ -97,6 +101,10 @@ class Machine:
     def __post_init__(self) -> None:
         if self.machine not in ("q35", "pc"):
             raise ValueError(f'machine is "q35" or "pc", not {self.machine!r}')
+        if self.iommu not in (None, "intel", "virtio"):
+            raise ValueError(f'iommu is "intel" or "virtio", not {self.iommu!r}')
+        if (self.machine, self.iommu) == ("pc", "intel"):
+            raise ValueError('the machine "pc" has the iommu "virtio": intel-iommu refuses it')
         if len({nic.id for nic in self.nics}) != len(self.nics):
             raise ValueError(f"two NICs have the same id: {', '.join(nic.id for nic in self.nics)}")
 
@@ -169,10 +177,11 @@ def build(machine: Machine, channels: Channels) -> list[str]:
     """The whole command line."""
     argv = [machine.program, "-no-user-config", "-nodefaults", "-display", "none", "-no-reboot"]
     # The IOMMU comes before the devices that are to be behind it.
-    if machine.machine == "q35":
-        argv += ["-machine", "q35,kernel-irqchip=split", "-device", "intel-iommu,intremap=on,caching-mode=on"]
+    argv += ["-machine", "q35,kernel-irqchip=split" if machine.machine == "q35" else "pc"]
+    if (machine.iommu or DEFAULT_IOMMU[machine.machine]) == "intel":
+        argv += ["-device", "intel-iommu,intremap=on,caching-mode=on"]
     else:
-        argv += ["-machine", "pc", "-device", "virtio-iommu-pci,addr=0x11"]
+        argv += ["-device", "virtio-iommu-pci,addr=0x11"]
     cpus = machine.cpus or (2 if machine.accel == "kvm" else 1)
     if machine.accel == "kvm":
         argv += ["-accel", "kvm", "-cpu", machine.cpu or "host"]

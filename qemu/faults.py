@@ -21,6 +21,7 @@ UNPLUG_SECONDS = 30.0
 REPLUG_SECONDS = 30.0
 RESET_SECONDS = 180.0
 HOLD_SECONDS = 60.0
+DMA_SECONDS = 30.0
 
 NAMED = """
 def _named(name):
@@ -49,24 +50,36 @@ print("held", flush=True)
 sys.stdin.read()
 """
 
-# The edu device (docs/specs/edu.rst of QEMU): a buffer of 4 KiB at 0x40000, and a DMA engine with four registers.
-EDU = (0x1234, 0x11E8)
+# The edu device (docs/specs/edu.rst of QEMU): a buffer of 4 KiB at 0x40000, and a DMA engine with four registers. A
+# tenth of a second of the guest's time after it was started it makes its access, and clears the bit that started it.
+EDU = ("0x1234", "0x11e8")
+EDU_MASK = (1 << 28) - 1
 EDU_DMA = """
-import mmap, os, struct
-def _edu_dma(address, iova):
+import mmap, os, struct, time
+def _edu_dma(address, iova, seconds):
     device = "/sys/bus/pci/devices/" + address
     with open(device + "/enable", "w") as file:
         file.write("1")
     with open(device + "/config", "r+b", buffering=0) as file:
         command, = struct.unpack("<H", os.pread(file.fileno(), 2, 4))
         os.pwrite(file.fileno(), struct.pack("<H", command | 6), 4)
+    deadline = time.monotonic() + seconds
     with open(device + "/resource0", "r+b", buffering=0) as file:
         registers = mmap.mmap(file.fileno(), 4096)
-        words = memoryview(registers).cast("Q")
-        words[0x80 // 8], words[0x88 // 8], words[0x90 // 8] = 0x40000, iova, 64
-        words[0x98 // 8] = 3  # start, from the device to memory
-        words.release()
-        registers.close()
+        words, identity = memoryview(registers).cast("Q"), memoryview(registers).cast("I")
+        try:
+            if identity[0] & 0xff != 0xed:
+                return f"its identification register reads {identity[0]:#x}"
+            words[0x80 // 8], words[0x88 // 8], words[0x90 // 8] = 0x40000, iova, 64
+            words[0x98 // 8] = 3  # start, from the device to memory
+            while words[0x98 // 8] & 1:
+                if time.monotonic() > deadline:
+                    return f"it has not done its DMA within {seconds} s"
+                time.sleep(0.01)
+        finally:
+            words.release()
+            identity.release()
+            registers.close()
 """
 
 
@@ -111,19 +124,25 @@ class Faults:
             if plan.id == nic and plan.wire is not None:
                 self._guest.wires[nic].close()
 
-    def iommu_fault(self, iova: int = 0x1234_5000) -> None:
+    def iommu_fault(self, iova: int = 0x0234_5000) -> None:
         """A device writes to an address that nobody has mapped. The guest needs `-device edu` for that.
 
-        VT-d reports it, the device itself goes on. Raises HarnessError when the guest has no such device.
+        Returns when the access was made; that the IOMMU has refused it, the kernel's log says a moment later, for
+        instance in `guest.wait_for_iommu_faults()`. Raises HarnessError when the guest has no such device, ValueError
+        for an address that it cannot form.
         """
+        if iova & ~EDU_MASK:
+            raise ValueError(f"the edu device has 28 bits of address: {iova:#x} is beyond them")
         found = self._guest.eval(
             "import glob, os\n[os.path.basename(path) for path in glob.glob('/sys/bus/pci/devices/*') if "
-            f"(open(path + '/vendor').read().strip(), open(path + '/device').read().strip()) == {_hex(EDU)!r}]"
+            f"(open(path + '/vendor').read().strip(), open(path + '/device').read().strip()) == {EDU!r}]"
         )
         if not found:
             raise HarnessError("this guest has no device to do DMA with: boot it with extra_args=['-device', 'edu']")
         self._guest.eval(EDU_DMA)
-        self._guest.eval(f"_edu_dma({found[0]!r}, {iova})")
+        trouble = self._guest.eval(f"_edu_dma({found[0]!r}, {iova}, {DMA_SECONDS})", DMA_SECONDS + 10)
+        if trouble:
+            raise HarnessError(f"the edu device at {found[0]}: {trouble}")
 
     # The machine
 
@@ -182,7 +201,3 @@ class Faults:
     def clock_jump(self, seconds: float) -> None:
         """The wall clock jumps; CLOCK_MONOTONIC, as ever, does not."""
         self._guest.eval(f"import time\ntime.clock_settime(time.CLOCK_REALTIME, time.time() + {seconds!r})")
-
-
-def _hex(numbers: tuple[int, int]) -> tuple[str, str]:
-    return f"0x{numbers[0]:04x}", f"0x{numbers[1]:04x}"

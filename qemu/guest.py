@@ -102,6 +102,7 @@ def boot(
     nics: Sequence[Nic] = (),
     accel: str = "auto",
     machine: Literal["q35", "pc"] = "q35",
+    iommu: Literal["intel", "virtio"] | None = None,
     memory_mb: int = 512,
     cpus: int | None = None,
     append: Sequence[str] = (),
@@ -146,6 +147,7 @@ def boot(
         disks=tuple(disks),
         nics=tuple(fitted),
         machine=machine,
+        iommu=iommu,
         memory_mb=memory_mb,
         cpus=cpus or 0,
         extra_args=tuple(extra_args),
@@ -215,6 +217,8 @@ def _restored_or_cold(
     say: Callable[[str], None],
 ) -> Guest:
     kept = Snapshot(machine, cache)
+    if (refusal := kept.refusal()) is not None:
+        return _cold(machine, choice, wires, artefacts, timeout, refusal)
     state = kept.find()
     reason = "there was no snapshot of it"
     if state is not None:

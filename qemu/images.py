@@ -24,7 +24,7 @@ from qemu.bootstrap import build_root, fetch_inputs, fetch_packages, root_inputs
 from qemu.cache import Cache, Progress, key_of
 from qemu.errors import HarnessError
 from qemu.initrd import build_initrd, initrd_inputs
-from qemu.kernel import Kernel, unpack_kernel
+from qemu.kernel import Kernel, has_module, unpack_kernel
 from qemu.kernelbuild import build_inputs, build_kernel, ensure_tools
 from qemu.recipe import Recipe
 from qemu.sysroot import SUPERFLUOUS, unpack_sysroot
@@ -41,8 +41,8 @@ class Image:
     `kernel` starts anywhere. `bare_kernel`, where there is one, is the same kernel unpacked, for TCG: it spares about
     a second there. (A KVM that opens but cannot run a guest fails at once with the former, and never with the latter.)
     `root` is a raw ext4 image for a read-only virtio-blk disk with the serial `root`; `sysroot` a directory for the
-    compiler; `cmdline` what the kernel's command line is to begin with. `key` is another one whenever anything in
-    the image is.
+    compiler; `modules` the kernel's modules; `cmdline` what its command line is to begin with. `key` is another one
+    whenever anything in the image is.
     """
 
     kernel: Path
@@ -50,10 +50,15 @@ class Image:
     initrd: Path
     root: Path
     sysroot: Path
+    modules: Path
     key: str
     recipe: str
     release: str
     cmdline: tuple[str, ...]
+
+    def has_driver(self, module: str) -> bool:
+        """Whether the kernel has this module, or has it built in."""
+        return has_module(self.modules, module)
 
 
 @dataclass(frozen=True)
@@ -135,6 +140,7 @@ def ensure_image(recipe: Recipe, progress: Progress | None = None, cache: Cache 
     return Image(
         kernel=kernel.image,
         bare_kernel=kernel.bare,
+        modules=kernel.modules,
         initrd=initrd / "initrd",
         root=root / "root.ext4",
         sysroot=sysroot,

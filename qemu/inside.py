@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -85,15 +86,21 @@ class Inside:
         """Run Python in the agent's own interpreter, in well under a millisecond: see Agent.eval()."""
         return self.agent.eval(source, timeout)
 
-    def dmesg(self) -> str:
-        """The kernel's log, a line each message, with times in seconds of the guest."""
-        lines = []
+    def kernel_records(self) -> list[tuple[int, str]]:
+        """The messages that the kernel's log still holds, each with its number since the boot and as a line with its
+        time in seconds of the guest."""
+        records = []
         for record in self.agent.eval(READ_KERNEL_LOG, timeout=10.0):
             head, _, message = record.partition(";")
             fields = head.split(",")
-            stamp = int(fields[2]) / 1e6 if len(fields) > 2 and fields[2].isdigit() else 0.0
-            lines.append(f"[{stamp:12.6f}] {message.splitlines()[0] if message else ''}")
-        return "\n".join(lines)
+            if len(fields) > 2 and fields[1].isdigit() and fields[2].isdigit():
+                text = message.splitlines()[0] if message else ""
+                records.append((int(fields[1]), f"[{int(fields[2]) / 1e6:12.6f}] {text}"))
+        return records
+
+    def dmesg(self) -> str:
+        """The kernel's log, a line each message, with times in seconds of the guest."""
+        return "\n".join(line for _, line in self.kernel_records())
 
     @staticmethod
     def is_fault(line: str) -> bool:
@@ -119,6 +126,15 @@ class Inside:
     def iommu_faults(self) -> list[str]:
         """The lines in which the kernel reports a DMA access that the IOMMU refused."""
         return [line for line in self.kernel_log().splitlines() if self.is_fault(line)]
+
+    def wait_for_iommu_faults(self, count: int = 1, timeout: float = 30.0) -> list[str]:
+        """The same once there are so many. Raises HarnessError when there are not in time."""
+        deadline = time.monotonic() + timeout
+        while len(found := self.iommu_faults()) < count:
+            if time.monotonic() > deadline:
+                raise HarnessError(f"{len(found)} of {count} IOMMU faults are in the kernel's log after {timeout:g} s")
+            time.sleep(0.02)
+        return found
 
     def kernel_log(self) -> str:
         """The kernel's log, by whatever way it can be had."""

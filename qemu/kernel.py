@@ -124,11 +124,7 @@ def modules_needed(kernel: Kernel, names: Iterable[str]) -> list[str]:
 
     A module built into the kernel needs no file. Raises ImageBuildFailed for one that does not exist.
     """
-    needs: dict[str, list[str]] = {}
-    for line in (kernel.modules / "modules.dep").read_text().splitlines():
-        path, _, others = line.partition(":")
-        needs[module_name(path)] = [path, *others.split()]
-    builtin = {module_name(path) for path in (kernel.modules / "modules.builtin").read_text().split()}
+    needs, builtin = _indexes(kernel.modules)
     files: dict[str, None] = {}
     for name in names:
         plain = name.replace("-", "_")
@@ -137,3 +133,18 @@ def modules_needed(kernel: Kernel, names: Iterable[str]) -> list[str]:
         elif plain not in builtin:
             raise ImageBuildFailed(f"kernel {kernel.release} has no module {name}, which the recipe asks for")
     return list(files)
+
+
+def has_module(modules: Path, name: str) -> bool:
+    """Whether a kernel with this directory of modules has that one, or has it built in."""
+    needs, builtin = _indexes(modules)
+    return name.replace("-", "_") in needs.keys() | builtin
+
+
+def _indexes(modules: Path) -> tuple[dict[str, list[str]], set[str]]:
+    """Each module by its name, with its file and those that it depends on; and what is built in."""
+    needs: dict[str, list[str]] = {}
+    for line in (modules / "modules.dep").read_text().splitlines():
+        path, _, others = line.partition(":")
+        needs[module_name(path)] = [path, *others.split()]
+    return needs, {module_name(path) for path in (modules / "modules.builtin").read_text().split()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import shlex
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +14,7 @@ import pytest
 
 from qemu.box import Box
 from qemu.codedisk import build_code_disk, build_code_tree
+from qemu.command import DEFAULT_IOMMU
 from qemu.dimensions import Dimensions
 from qemu.errors import HarnessError, NotOnMetal
 from qemu.guest import Guest, Nic, boot
@@ -143,6 +144,10 @@ class Session:
         """A guest of its own, for a test that changes or breaks it; to be closed by whoever asked for it."""
         if self.target is not None:
             raise NotOnMetal(f"needs a guest of QEMU's, made to measure: tests run on {self.target.name}")
+        if (options.get("iommu") or DEFAULT_IOMMU[options.get("machine", "q35")]) == "virtio":
+            image = self.image(recipe)
+            if not image.has_driver("virtio_iommu"):
+                pytest.skip(f"needs virtio-iommu: the kernel {image.release} has no driver for it")
         options.setdefault("accel", self.accel)
         options.setdefault("code", self.code(recipe))
         options.setdefault("timeout", BOOT_SECONDS * self.patience)
@@ -150,16 +155,23 @@ class Session:
         self.booted.append(Booted(str(guest.accel), guest.origin, guest.boot_seconds))
         return guest
 
-    def fresh(self, name: str, wanted: Dimensions) -> Guest:
-        """A guest that nobody has used, with these dimensions; to be closed by whoever asked for it.
+    @contextlib.contextmanager
+    def fresh(self, name: str, wanted: Dimensions) -> Iterator[Guest]:
+        """A guest that nobody has used, with these dimensions, until the end of the block.
 
         With a target it is the box, which has been used, and is as it is.
         """
-        if self.target is not None:
-            if reason := unpinned(wanted, Dimensions()):
-                raise NotOnMetal(reason)
-            return self._metal(self.artefacts / name)  # type: ignore[return-value] # as good as one, or NotOnMetal
-        return self.boot(name, wanted.recipe(self.recipe()), **wanted.boot_options())
+        with contextlib.ExitStack() as stack:
+            if self.target is not None:
+                if reason := unpinned(wanted, Dimensions()):
+                    raise NotOnMetal(reason)
+                metal = stack.enter_context(self._metal(self.artefacts / name))
+                yield metal  # type: ignore[misc] # as good as a guest, or NotOnMetal
+                return
+            peer = wanted.peer()
+            if peer is not None:
+                stack.enter_context(peer)
+            yield stack.enter_context(self.boot(name, wanted.recipe(self.recipe()), **wanted.boot_options(peer)))
 
     def _metal(self, artefacts: Path, wired: bool = True) -> Metal:
         target = self.target
@@ -240,6 +252,10 @@ class Session:
         self.end_guest()
         if self.target is not None:
             self.target.close()
+
+
+SESSION = pytest.StashKey[Session]()
+"""Where a run's Config has it."""
 
 
 def patience(text: str) -> float:

@@ -9,13 +9,16 @@ QEMU's own migration writes and reads it (VirtualMachine.save and resume in vm.p
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import inspect
+import itertools
 import json
 import re
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -36,7 +39,13 @@ class Snapshot:
 
     def __init__(self, machine: Machine, cache: Cache):
         self._cache = cache
+        self._machine = machine
         self.key = key_of(*_inputs(machine))
+
+    def refusal(self) -> str | None:
+        """Why no snapshot of this machine would be sound, or None when one may be."""
+        mute = [name for name in _added(self._machine) if not _is_saved(self._machine.program, name)]
+        return f"QEMU keeps no state of its device {mute[0]}" if mute else None
 
     def find(self) -> Path | None:
         """The file to restore from, or None while there is none."""
@@ -56,6 +65,32 @@ class Snapshot:
 
 def _silent(_line: str) -> None:
     """It takes a moment, of which there is nothing to tell."""
+
+
+def _added(machine: Machine) -> list[str]:
+    """The drivers of the devices that were added by hand."""
+    words = machine.extra_args
+    values = [value for word, value in itertools.pairwise(words) if word == "-device"]
+    return [
+        str(json.loads(value).get("driver")) if value.startswith("{") else value.partition(",")[0] for value in values
+    ]
+
+
+def _is_saved(program: str, driver: str) -> bool:
+    """Whether a restored device is what it was. One without a description of its state QEMU leaves out of a snapshot
+    without a word, and restores as after power-on: its BARs are nowhere then. Virtio devices are saved by their bus."""
+    return driver.startswith("virt") or driver in _described(program)
+
+
+@functools.cache
+def _described(program: str) -> frozenset[str]:
+    """The types of which QEMU has such a description: what it says itself. Empty when it cannot be asked."""
+    with tempfile.TemporaryDirectory(prefix="vmstate-") as place:
+        out = Path(place) / "vmstate.json"
+        command = [program, "-machine", "none", "-nodefaults", "-dump-vmstate", str(out)]
+        with contextlib.suppress(OSError):
+            subprocess.run(command, capture_output=True, check=False, timeout=60)
+        return frozenset(json.loads(out.read_text())) if out.exists() else frozenset()
 
 
 def _inputs(machine: Machine) -> list[str]:

@@ -46,7 +46,10 @@ def _vfio_files():
         except OSError:
             pass  # it has ended
     return sorted(found)
-[_drivers(), _vfio_files()]
+def _boot():
+    with open("/proc/sys/kernel/random/boot_id") as file:
+        return file.read()
+[_drivers(), _vfio_files(), _boot()]
 """
 
 
@@ -55,9 +58,9 @@ class Truth:
 
     def __init__(self, guest: Guest):
         self._guest = guest
-        self._drivers, _ = guest.eval(LOOK, LOOK_SECONDS)
+        self._drivers, _, self._boot = guest.eval(LOOK, LOOK_SECONDS)
         self._console = len(guest.kernel_trouble())
-        self._log = guest.dmesg().count("\n") + 1
+        self._seen = max((number for number, _ in guest.kernel_records()), default=-1)
 
     def problems(self, allowed: Collection[str] = ()) -> list[str]:
         """All that is wrong, a line each; empty when all is well. `allowed` are some of KINDS that may be.
@@ -66,14 +69,15 @@ class Truth:
         """
         found: list[tuple[str, str]] = []
         if self._guest.lost is None and self._guest.agent.ready:
-            drivers, files = self._guest.eval(LOOK, LOOK_SECONDS)
+            drivers, files, boot = self._guest.eval(LOOK, LOOK_SECONDS)
             for address, before in self._drivers.items():
                 now = drivers.get(address)
                 if now != before:
                     has = "is gone" if now is None else f"has the driver {now or 'none'}"
                     found.append((DRIVERS, f"the NIC {address} {has}; it had {before or 'none'}"))
             found += [(FILES, f"left open: {file}") for file in files]
-            fresh = self._guest.dmesg().splitlines()[self._log :]
+            seen = self._seen if boot == self._boot else -1
+            fresh = [line for number, line in self._guest.kernel_records() if number > seen]
         else:
             fresh = self._guest.kernel_trouble()[self._console :]
         found += [(FAULTS, f"the IOMMU refused: {line}") for line in fresh if self._guest.is_fault(line)]

@@ -13,14 +13,12 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import difflib
 import os
 import select
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,16 +27,15 @@ from scapy.layers.l2 import Ether
 from scapy.packet import Packet
 from scapy.supersocket import SuperSocket
 
-from qemu.capture import INBOUND, OUTBOUND, Capture
+from qemu.capture import INBOUND, OUTBOUND, Capture, Tally
 from qemu.errors import HarnessError
+from qemu.exactness import Exchange, WireMismatch, compare
 
 LONGEST = 65_000
 """Bytes of the longest frame that passes QEMU's dgram backend."""
 QUEUE = 1 << 19
 """Frames that wait for a reader before the oldest are dropped (and counted in `overflowed`)."""
 SEND_SECONDS = 5.0
-SHOWN = 4
-"""Frames of each kind that a report of a mismatch shows in full."""
 
 
 class WireClosed(HarnessError):
@@ -49,10 +46,6 @@ class WireStalled(HarnessError):
     """The guest's NIC took no frame in time: no driver runs there, its link is down or the guest is paused."""
 
 
-class WireMismatch(AssertionError):
-    """The frames that came are not those that were to come; the message shows the difference."""
-
-
 class Frame(NamedTuple):
     """A frame off the wire and when it was taken off, in nanoseconds of the monotonic clock."""
 
@@ -60,42 +53,14 @@ class Frame(NamedTuple):
     time_ns: int
 
 
-@dataclass
-class Exchange:
-    """What became of frames that were to be answered, one reply each."""
-
-    sent: int = 0
-    received: int = 0
-    lost: list[bytes] = field(default_factory=list)
-    """Replies that did not come."""
-    extra: list[bytes] = field(default_factory=list)
-    """Frames that answer nothing that was sent."""
-    twice: list[bytes] = field(default_factory=list)
-    """Replies that came once more than they were due."""
-    reordered: int = 0
-    """Replies that came after the reply to a frame sent later."""
-    rtt_ns: list[int] = field(default_factory=list)
-    """Round-trip time of each reply, as this process saw it."""
-    seconds: float = 0.0
-
-    @property
-    def exact(self) -> bool:
-        return not (self.lost or self.extra or self.twice)
-
-    def check(self, ordered: bool = True) -> None:
-        """Raise WireMismatch unless every reply came, once, and nothing else did."""
-        if not self.exact or (ordered and self.reordered):
-            head = (
-                f"{self.sent} frames sent, {self.received} came back: {len(self.lost)} lost, {len(self.extra)} extra, "
-                f"{len(self.twice)} twice, {self.reordered} out of order"
-            )
-            raise WireMismatch("\n".join((head, *describe(self.lost, self.extra, self.twice))))
-
-
 class Wire(SuperSocket):  # type: ignore[misc]
     """The host's end. Owns both sockets until QEMU has its own; `pcap` gets a pcapng of both directions."""
 
     desc = "frames of a guest's NIC"
+    longest = 0
+    """Bytes of the longest frame that was sent."""
+    noise = 0
+    """Frames in the capture that were not handed on: on a wire that is not the guest's alone."""
 
     def __init__(self, pcap: Path | None = None, name: str = "wire"):
         # Not SuperSocket's: that opens a socket of an interface of this machine.
@@ -105,6 +70,7 @@ class Wire(SuperSocket):  # type: ignore[misc]
         self.sent = self.received = self.sent_bytes = self.received_bytes = self.overflowed = 0
         self._socket, self._theirs = self._open()
         self._capture = Capture(pcap, name) if pcap is not None else None
+        self._tally = Tally(pcap) if pcap is not None else None
         self._clock_offset = time.time_ns() - time.monotonic_ns()
         self._frames: collections.deque[Frame] = collections.deque()
         self._arrived = threading.Condition()
@@ -232,6 +198,13 @@ class Wire(SuperSocket):  # type: ignore[misc]
         packet.time = at
         return packet
 
+    def captured(self) -> tuple[int, int] | None:
+        """Frames to the guest and from it as they are in the capture's file; None when none is kept."""
+        if self._capture is None or self._tally is None:
+            return None
+        self._capture.flush()
+        return self._tally.look()
+
     def fileno(self) -> int:
         """Readable while frames wait: not to be read from."""
         return -1 if self.closed else self._readable
@@ -265,6 +238,7 @@ class Wire(SuperSocket):  # type: ignore[misc]
             raise self._gone(error) from error
         self.sent += 1
         self.sent_bytes += len(data)
+        self.longest = max(self.longest, len(data))
         if self._capture is not None:
             self._capture.write(data, at + self._clock_offset, OUTBOUND)
         return at
@@ -393,25 +367,14 @@ class Wire(SuperSocket):  # type: ignore[misc]
                     came.append(frame)
         came += [frame for frame in self.take() if not ignore(frame.data)]
         got = [frame.data for frame in came]
-        if got == wanted and (closed or sentinel is None):
+        difference = compare(wanted, got, ordered)
+        open_ended = sentinel is not None and not closed
+        if difference is None and not open_ended:
             return came
-        missing = list((collections.Counter(wanted) - collections.Counter(got)).elements())
-        surplus = list((collections.Counter(got) - collections.Counter(wanted)).elements())
-        known = set(wanted)
-        extra = [data for data in surplus if data not in known]
-        twice = [data for data in surplus if data in known]
-        if not missing and not surplus and not ordered and (closed or sentinel is None):
-            return came
-        counts = f"{len(missing)} missing, {len(extra)} extra, {len(twice)} twice"
+        counts, lines = difference or ("all of them", [])
         head = f"{self.name}: {len(wanted)} frames expected, {len(got)} came within {timeout:g} s: {counts}"
-        if sentinel is not None and not closed:
+        if open_ended:
             head += "; the sentinel that was to close the account did not come"
-        lines = describe(missing, extra, twice)
-        if not missing and not surplus:
-            at = next((n for n, pair in enumerate(zip(wanted, got, strict=True)) if pair[0] != pair[1]), None)
-            if at is not None:
-                lines = [f"the order differs from frame {at} on:", f"  expected {summary(wanted[at])}"]
-                lines.append(f"  came     {summary(got[at])}")
         raise WireMismatch("\n".join((head, *lines)))
 
     def close(self) -> None:
@@ -431,32 +394,3 @@ class Wire(SuperSocket):  # type: ignore[misc]
             self._capture.close()
         os.close(self._readable)
         os.close(self._stop)
-
-
-def summary(data: bytes) -> str:
-    return f"{Ether(data).summary()} ({len(data)} bytes)" if data else "an empty frame"
-
-
-def describe(missing: Sequence[bytes], extra: Sequence[bytes], twice: Sequence[bytes]) -> list[str]:
-    """Lines that show the difference; where a missing and an extra frame are nearly alike, what differs in them."""
-    lines = []
-    strangers = list(extra)
-    for kind, frames in (("missing", missing), ("extra", extra), ("twice", twice)):
-        lines += [f"{kind}: {summary(data)}" for data in frames[:SHOWN]]
-        if len(frames) > SHOWN:
-            lines.append(f"{kind}: … and {len(frames) - SHOWN} more")
-    for data in missing[:SHOWN]:
-        alike = [(difflib.SequenceMatcher(None, data, other).ratio(), other) for other in strangers[: 4 * SHOWN]]
-        likeness, other = max(alike, default=(0.0, b""))
-        if likeness > 0.6:
-            strangers.remove(other)
-            lines.append("one missing frame is much like one extra frame; expected (-), came (+):")
-            lines += difference(data, other)
-    return lines
-
-
-def difference(expected: bytes, came: bytes) -> list[str]:
-    """What differs in two frames, field by field as scapy shows them."""
-    before, after = (Ether(data).show(dump=True).splitlines() for data in (expected, came))
-    lines = list(difflib.unified_diff(before, after, lineterm="", n=1))
-    return ["  " + line for line in lines[2:]]  # without the two lines that would name the files

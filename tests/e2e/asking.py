@@ -12,6 +12,7 @@ from qemu.agent import GuestProcess
 from qemu.guest import Guest
 from qemu.wire import Wire
 from tests.e2e import testbed
+from tests.e2e.account import Account
 from tests.e2e.traffic import HOST_MAC, RAW_ETHERTYPE, reflected
 
 ANSWER_SECONDS = 60.0
@@ -24,6 +25,8 @@ class Asking:
         self.guest, self.wire, self.driver, self.service, self.mac = guest, wire, driver, service, mac
         self._lines = service.lines(timeout=ANSWER_SECONDS)
         self._number = 0
+        self.account = Account(guest, lambda: testbed.driver_pid(driver))
+        self.account.loses()  # what is asked of the device is, mostly, to let frames by or not
 
     def next_line(self) -> dict[str, Any]:
         said: dict[str, Any] = json.loads(next(self._lines))
@@ -75,11 +78,11 @@ class Asking:
             assert time.monotonic() < deadline, f"the facts are {facts}, {wanted} were awaited"
 
     def counters(self) -> dict[str, Any]:
-        counters: dict[str, Any] = json.loads(self.guest.run(testbed.netbridge("stats", "--json")).stdout)
-        return counters
+        return self.account.counters()
 
     def stop(self) -> dict[str, Any]:
-        """Ends both politely; the driver's last counters."""
+        """Ends both politely; the driver's last counters. Driver, device and wire must agree."""
+        self.account.check()
         self.service.close_stdin()
         assert self.service.wait(testbed.STOP_SECONDS) == 0, self.service.stderr
         testbed.end(self.driver)
@@ -103,4 +106,5 @@ def asking(guest: Guest, wire: Wire, *, irq: str = "msix", options: Sequence[str
             assert bed.next_line()["session"]
             testbed.wait_for_line(driver, r" serving ")
             wire.drain()
+            bed.account.open()
             yield bed

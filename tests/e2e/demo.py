@@ -22,9 +22,10 @@ from typing import Any
 from qemu.agent import CommandError
 from qemu.codedisk import build_code_disk
 from qemu.errors import HarnessError
+from qemu.exactness import Exchange, WireMismatch
 from qemu.guest import Nic, boot
 from qemu.images import Recipe, ensure_image
-from qemu.wire import Exchange, Wire, WireMismatch
+from qemu.wire import Wire
 from tests.e2e import testbed
 from tests.e2e.traffic import Generator, Phase, full_mix, reflected
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from collections.abc import Sequence
 
 import pytest
 
+from netbridge.datapath._core import ffi
 from qemu.guest import Guest
+from qemu.views import device_view
 from qemu.wire import Wire
 from tests.e2e import testbed
+from tests.e2e.account import COUNTERS
 from tests.e2e.traffic import BURST, LONGEST, SHORTEST, Generator, Phase, reflected
 
 REPLY_SECONDS = 10.0
@@ -58,15 +62,50 @@ def test_every_frame_comes_back_once_and_unchanged(guest: Guest, wire: Wire, kin
     assert not guest.iommu_faults()
 
 
-def test_the_device_agrees_with_the_driver(guest: Guest, wire: Wire) -> None:
-    """QEMU's own view of the virtqueues: as many chains used as the driver counted frames."""
+@pytest.mark.parametrize(
+    "pins",
+    [
+        pytest.param(pins, id="-".join(str(value) for value in pins.values()), marks=pytest.mark.guest_with(**pins))
+        for pins in (
+            {"irq": "intx"},
+            {"iommu": "virtio"},
+            {"place": "root-bus", "queue_size": 512},
+            {"ring": "packed", "irq": "intx", "iommu": "virtio"},
+        )
+    ],
+)
+def test_guests_of_every_shape(guest: Guest, wire: Wire, pins: dict[str, object]) -> None:
+    with testbed.running(guest) as bed:
+        view = device_view(guest)
+        assert view.packed == (pins.get("ring") == "packed")
+        assert ("irq=msix" in bed.driver.stderr.lower().replace("-", "")) == ("irq" not in pins)
+        assert guest.run(["sh", "-c", "ls /sys/class/iommu"]).stdout.startswith("dmar") == ("iommu" not in pins)
+        echoed(wire, Generator(bed.mac).udp(BURST), window=32)
+        bed.stop()
+    assert not guest.iommu_faults()
+
+
+def test_driver_device_and_wire_have_one_account(guest: Guest, wire: Wire) -> None:
+    """Every stop() holds the driver's counters against QEMU's queues and the wire: here each is made to differ once."""
     with testbed.running(guest) as bed:
         echoed(wire, Generator(bed.mac).udp(300), window=64)
-        path = f"/machine/peripheral/{guest.machine.nics[0].id}/virtio-backend"
-        used = [guest.qmp("x-query-virtio-queue-status", path=path, queue=queue)["used-idx"] for queue in (0, 1)]
-        counters = bed.counters()
+        bed.account.check()
+        device = device_view(guest)
+        assert [device.receive[0].used, device.transmit[0].used] == [300, 300]
+        told = json.loads(guest.run(testbed.netbridge("stats", "--json"), timeout=testbed.START_SECONDS).stdout)
+        assert (told["packets_rx"], told["packets_tx"]) == (300, 300)
+        wire.sent += 1
+        with pytest.raises(AssertionError, match=r"(?s)its capture \[300, 300\].*301 frames went to the guest"):
+            bed.account.check(within=0.1)
+        wire.sent -= 1
+        page = guest.get(COUNTERS)
+        at = ffi.offsetof("struct nb_counters", "packets_tx")
+        one_more = (int.from_bytes(page[at : at + 8], "little") + 1).to_bytes(8, "little")
+        guest.eval(f"with open({COUNTERS!r}, 'r+b') as file:\n    file.seek({at})\n    file.write({one_more!r})")
+        with pytest.raises(AssertionError, match=r"sent: the driver counted 301 frames, the device used 300 chains"):
+            bed.account.check(within=0.1)
+        guest.eval(f"with open({COUNTERS!r}, 'r+b') as file:\n    file.write({page!r})")
         bed.stop()
-    assert used == [counters["packets_rx"], counters["packets_tx"]] == [300, 300]
 
 
 def test_the_nic_goes_back_to_its_driver_and_works_again(guest: Guest) -> None:

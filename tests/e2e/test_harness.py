@@ -7,7 +7,6 @@ import functools
 import os
 import re
 import select
-import shutil
 import signal
 import stat
 import struct
@@ -15,42 +14,23 @@ import subprocess
 import sys
 import termios
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from scapy.layers.l2 import ARP, Ether
 from scapy.utils import PcapNgReader
 
-import qemu.guest
-from qemu import accel
 from qemu.agent import CommandTimedOut
-from qemu.errors import AcceleratorUnavailable, GuestLost, GuestNeverCameUp, GuestPanicked
-from qemu.guest import Guest, Nic, boot
-from qemu.images import Image
+from qemu.errors import GuestLost
+from qemu.guest import Guest, Nic
 from qemu.remote import RemoteTests
 from qemu.session import Session
 from qemu.wire import Wire
+from tests.e2e.patience import ROOT, alive, patience
 
-ROOT = Path(__file__).parents[2]
-BUSYBOX = "/usr/lib/guest/busybox"
-TOLD_SECONDS = 60.0
-"""Within which trouble has to be told, on a busy machine, too: a third of what booting may take."""
 HOST = "02:00:00:00:00:01"
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
-
-
-def wait_gone(pid: int, seconds: float = 2.0) -> None:
-    deadline = time.monotonic() + seconds
-    while alive(pid):
-        assert time.monotonic() < deadline, f"process {pid} is still there after {seconds} s"
-        time.sleep(0.02)
 
 
 # A guest that is well
@@ -84,6 +64,25 @@ def test_commands_files_and_python(guest: Guest) -> None:
     assert not guest.run(["pidof", "sleep"], check=False).stdout
 
 
+def test_several_commands_and_files_at_once(guest: Guest, tmp_path: Path) -> None:
+    """Each has its own output, whole and in order, whatever the others do meanwhile."""
+    script = "for n in $(seq 200); do echo out $0 $n; echo err $0 $n >&2; done; exit $0"
+    data = os.urandom(1 << 20)
+    started = [guest.start(["sh", "-c", script, str(number)]) for number in range(16)]
+    with ThreadPoolExecutor(4) as pool:
+        copies = [pool.submit(guest.put, data, f"/tmp/copy-{number}") for number in range(4)]
+        answers = [guest.eval(f"{number} * 2") for number in range(100)]
+        for copy in copies:
+            copy.result(60)
+        back = [*pool.map(lambda number: guest.get(f"/tmp/copy-{number}"), range(4))]
+    assert answers == [number * 2 for number in range(100)]
+    assert back == [data] * 4
+    for number, process in enumerate(started):
+        assert process.wait(60) == number
+        for stream, said in (("out", process.stdout), ("err", process.stderr)):
+            assert said.splitlines() == [f"{stream} {number} {n}" for n in range(1, 201)]
+
+
 def test_a_flood_of_output_holds_nothing_up(guest: Guest, artefacts: Path) -> None:
     with guest.start(["yes", "x" * 1000], log=artefacts / "flood.log", keep=1 << 20) as flood:
         while flood.dropped() < 16 << 20:
@@ -96,7 +95,7 @@ def test_a_flood_of_output_holds_nothing_up(guest: Guest, artefacts: Path) -> No
 def test_a_flood_of_the_console_holds_nothing_up(guest: Guest) -> None:
     before = guest._console.size
     with guest.start(["sh", "-c", "yes the console is flooded >/dev/ttyS0"]):
-        deadline = time.monotonic() + TOLD_SECONDS
+        deadline = time.monotonic() + patience(60)
         while guest._console.size < before + 200_000:
             assert time.monotonic() < deadline
             assert guest.run(["echo", "alive"]).stdout == "alive\n"
@@ -242,296 +241,83 @@ def test_a_command_by_way_of_the_shell(artefacts: Path) -> None:
     assert done.stderr.endswith("sorry\n")
 
 
+class Terminal:
+    """A terminal with a program on it, played by the test; closed whatever comes of that."""
+
+    def __init__(self, request: pytest.FixtureRequest, argv: Sequence[str]):
+        self.ours, self.theirs = os.openpty()
+        for end in (self.ours, self.theirs):
+            request.addfinalizer(functools.partial(os.close, end))
+        self.resize(33, 99)
+        self.before = termios.tcgetattr(self.theirs)
+        ends = dict.fromkeys(("stdin", "stdout", "stderr"), self.theirs)
+        self.program = subprocess.Popen(argv, cwd=ROOT, start_new_session=True, **ends)  # type: ignore[call-overload]
+        request.addfinalizer(self.program.kill)
+        self._screen = b""
+
+    def resize(self, rows: int, columns: int) -> None:
+        fcntl.ioctl(self.theirs, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+
+    def type(self, text: bytes) -> None:
+        os.write(self.ours, text)
+
+    def expect(self, wanted: bytes) -> bytes:
+        """Everything up to this, which has to come."""
+        deadline = time.monotonic() + patience(100)
+        while wanted not in self._screen:
+            ready, _, _ = select.select([self.ours], [], [], max(0.0, deadline - time.monotonic()))
+            assert ready, f"{wanted!r} did not come: {self._screen!r}"
+            self._screen += os.read(self.ours, 65536)
+        before, _, self._screen = self._screen.partition(wanted)
+        return before
+
+
 def test_the_shell_on_a_terminal(artefacts: Path, request: pytest.FixtureRequest) -> None:
-    ours, theirs = os.openpty()
-    # Closed whatever comes of the test: a shell whose terminal has gone ends, and its guest with it.
-    for end in (ours, theirs):
-        request.addfinalizer(functools.partial(os.close, end))
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 33, 99, 0, 0))
-    before = termios.tcgetattr(theirs)
-    shell = subprocess.Popen(
-        [sys.executable, "-m", "qemu.shell", "--accel", "tcg", "--artefacts", str(artefacts)],
-        cwd=ROOT,
-        stdin=theirs,
-        stdout=theirs,
-        stderr=theirs,
-        start_new_session=True,
-    )
-    screen = b""
-
-    def expect(wanted: bytes) -> None:
-        nonlocal screen
-        deadline = time.monotonic() + 100
-        while wanted not in screen:
-            ready, _, _ = select.select([ours], [], [], max(0.0, deadline - time.monotonic()))
-            assert ready, f"{wanted!r} did not come: {screen!r}"
-            screen += os.read(ours, 65536)
-        screen = screen[screen.index(wanted) + len(wanted) :]
-
-    expect(b"leaves it")
-    expect(b"# ")
-    os.write(ours, b"stty size; echo a$((1 + 1))b\r")
-    expect(b"33 99")
-    expect(b"a2b")
-    fcntl.ioctl(ours, termios.TIOCSWINSZ, struct.pack("HHHH", 44, 88, 0, 0))
-    os.kill(shell.pid, signal.SIGWINCH)
+    argv = [sys.executable, "-m", "qemu.shell", "--accel", "tcg", "--artefacts", str(artefacts)]
+    terminal = Terminal(request, argv)
+    terminal.expect(b"leaves it")
+    terminal.expect(b"# ")
+    terminal.type(b"stty size; echo a$((1 + 1))b\r")
+    terminal.expect(b"33 99")
+    terminal.expect(b"a2b")
+    terminal.resize(44, 88)
+    os.kill(terminal.program.pid, signal.SIGWINCH)
     # By the time it speaks it is in the foreground: Ctrl-C between two commands would reach neither.
-    os.write(ours, b"sh -c 'echo r$((1 + 2))n; exec sleep 1000'\r")
-    expect(b"r3n")
-    os.write(ours, b"\x03")
-    expect(b"# ")
-    os.write(ours, b"echo c$((2 + 2))d; stty size\r")
-    expect(b"c4d")
-    expect(b"44 88")
-    assert termios.tcgetattr(theirs) != before
-    os.write(ours, b"\x1d")
-    assert shell.wait(30) == 0
-    assert termios.tcgetattr(theirs) == before
+    terminal.type(b"sh -c 'echo r$((1 + 2))n; exec sleep 1000'\r")
+    terminal.expect(b"r3n")
+    terminal.type(b"\x03")
+    terminal.expect(b"# ")
+    terminal.type(b"echo c$((2 + 2))d; stty size\r")
+    terminal.expect(b"c4d")
+    terminal.expect(b"44 88")
+    assert termios.tcgetattr(terminal.theirs) != terminal.before
+    terminal.type(b"\x1d")
+    assert terminal.program.wait(patience(30)) == 0
+    assert termios.tcgetattr(terminal.theirs) == terminal.before
 
 
-# A guest that does not come up
-
-
-def fails(guests: Session, artefacts: Path, *append: str) -> tuple[Exception, float]:
-    """What booting with these words on the command line ends in, and after how long."""
-    began = time.monotonic()
-    with pytest.raises((GuestNeverCameUp, GuestPanicked)) as caught:
-        boot(guests.image(), artefacts=artefacts, accel="tcg", append=append)
-    seconds = time.monotonic() - began
-    processes = [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()]
-    assert [pid for pid in processes if str(artefacts) in command_line(pid)] == []
-    return caught.value, seconds
-
-
-def command_line(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-    except OSError:
-        return ""
-
-
-def test_a_panic_at_boot(guests: Session, artefacts: Path) -> None:
-    failure, seconds = fails(guests, artefacts, "rdinit=/nonexistent", "root=/dev/nowhere")
-    assert isinstance(failure, GuestPanicked)
-    assert "Kernel panic - not syncing" in str(failure).splitlines()[0]
-    assert "VFS" in str(failure)
-    assert "end of" in str(failure)
-    assert seconds < TOLD_SECONDS
-
-
-def test_an_init_that_ends(guests: Session, artefacts: Path) -> None:
-    failure, seconds = fails(guests, artefacts, f"rdinit={BUSYBOX}", "--", "true")
-    assert isinstance(failure, GuestPanicked)
-    assert "Attempted to kill init" in str(failure).splitlines()[0]
-    assert seconds < TOLD_SECONDS
-
-
-def test_a_hang_at_boot(guests: Session, artefacts: Path) -> None:
-    failure, seconds = fails(guests, artefacts, f"rdinit={BUSYBOX}", "--", "sleep", "1000")
-    assert isinstance(failure, GuestNeverCameUp)
-    assert "idle and silent" in str(failure).splitlines()[0]
-    assert seconds < TOLD_SECONDS
-
-
-def test_a_flood_at_boot(guests: Session, artefacts: Path) -> None:
-    failure, seconds = fails(guests, artefacts, f"rdinit={BUSYBOX}", "--", "yes", "a-flood-" * 20)
-    assert isinstance(failure, GuestNeverCameUp)
-    assert "flooded its console" in str(failure).splitlines()[0]
-    assert "a-flood-a-flood" in str(failure)
-    assert seconds < TOLD_SECONDS
-
-
-def test_a_guest_that_switches_itself_off(guests: Session, artefacts: Path) -> None:
-    failure, seconds = fails(guests, artefacts, f"rdinit={BUSYBOX}", "--", "poweroff", "-f")
-    assert isinstance(failure, GuestNeverCameUp)
-    assert "ended with exit code 0" in str(failure).splitlines()[0]
-    assert seconds < TOLD_SECONDS
-
-
-def test_a_machine_that_qemu_refuses(guests: Session, artefacts: Path) -> None:
-    began = time.monotonic()
-    with pytest.raises(GuestNeverCameUp, match=r"ended with exit code 1 and said .*no-such-device"):
-        boot(guests.image(), artefacts=artefacts, accel="tcg", extra_args=["-device", "no-such-device"])
-    assert time.monotonic() - began < TOLD_SECONDS
-
-
-# The accelerator
-
-
-# A QEMU that does under KVM what it is told to in its first line, and is itself otherwise.
-BAD_QEMU = """\
-#!{python}
-import json, os, re, signal, socket, sys, time
-if "kvm" not in sys.argv:
-    os.execv({real!r}, sys.argv)
-how = {how!r}
-if how == "abort":
-    print({words!r}, file=sys.stderr, flush=True)
-    os.kill(os.getpid(), signal.SIGABRT)
-control = next(word for word in sys.argv if word.endswith("id=control"))
-qmp = socket.socket(fileno=int(re.search("fd=([0-9]+)", control)[1]))
-def tell(**what):
-    qmp.sendall(json.dumps(what).encode() + b"\\n")
-version = {{"qemu": {{"major": 7, "minor": 2, "micro": 0}}, "package": ""}}
-tell(QMP={{"version": version, "capabilities": []}})
-while asked := qmp.recv(65536):  # one at a time: the next comes when this one is answered
-    asked = json.loads(asked)
-    tell(**{{"return": {{"status": "internal-error"}}, "id": asked.get("id")}})
-    if asked["execute"] == "qmp_capabilities":
-        if how == "internal-error":
-            print({words!r}, file=sys.stderr, flush=True)
-            tell(event="STOP", timestamp={{"seconds": 0, "microseconds": 0}})
-        while how == "spin":
-            pass
+FAILING = """
+def test_that_fails(guest):
+    guest.put(b"as it was", "/tmp/left")
+    assert 1 == 2
 """
 
 
-@pytest.fixture
-def kvm_that(artefacts: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
-    """Makes a /dev/kvm that opens, with a QEMU that cannot run a guest with it: aborts, stops, spins, or does nothing.
-    Gives what that QEMU says on its stderr."""
-    words = "error: failed to set MSR 0x48f to 0x7fffff00036dfb"
-    real = shutil.which("qemu-system-x86_64")
-    device = artefacts / "kvm"
-    device.touch()
-    fake = artefacts / "bin" / "qemu-system-x86_64"
-    fake.parent.mkdir(exist_ok=True)
-    monkeypatch.setenv("PATH", f"{fake.parent}:{os.environ['PATH']}")
-    monkeypatch.setattr(accel, "KVM", device)
-    monkeypatch.setattr(accel, "cache_root", lambda: artefacts / "cache")
-    monkeypatch.setattr(qemu.guest, "TRIAL_SECONDS", 3.0)  # of processor time, of which there may be little
-    monkeypatch.delenv(accel.VARIABLE, raising=False)
-
-    def make(how: str) -> str:
-        fake.write_text(BAD_QEMU.format(python=sys.executable, real=real, how=how, words=words))
-        fake.chmod(0o755)
-        return words
-
-    return make
-
-
-@pytest.mark.parametrize(
-    ("how", "said"),
-    [
-        ("abort", 'ended by SIGABRT and said "{}"'),
-        ("internal-error", 'QEMU stopped the virtual machine for internal-error: "{}"'),
-        ("spin", "it has used 3 s of processor time without a word on the console"),
-        ("sleep", "it has been idle and silent for 4 s"),
-    ],
-)
-def test_a_kvm_that_opens_and_cannot_run(
-    guest_image: Image, artefacts: Path, kvm_that: Callable[[str], str], how: str, said: str
-) -> None:
-    words = kvm_that(how)
-    reason = said.format(words)
-    told: list[str] = []
-    with boot(guest_image, artefacts=artefacts, nics=[Nic()], say=told.append) as guest:
-        assert guest.accel.name == "tcg"
-        assert "kvm opens, but" in guest.accel.reason
-        assert reason in guest.accel.reason
-        guest.wire.send(b"\xff" * 60)  # the wire has survived the change of QEMU
-        assert guest.run(["true"]).returncode == 0
-    assert len(told) == 1
-    assert "trying tcg" in told[0]
-    if words in reason:
-        assert (artefacts / "qemu-kvm.log").read_text().strip() == words
-    again = accel.choose_accelerator(kernel=guest_image.kernel, device=accel.KVM)
-    assert (again.name, again.reason) == ("tcg", guest.accel.reason)
-    began = time.monotonic()
-    with pytest.raises(AcceleratorUnavailable, match=f"KVM was demanded, but under it: .*{re.escape(reason)}"):
-        boot(guest_image, artefacts=artefacts, accel="kvm")
-    assert time.monotonic() - began < TOLD_SECONDS
-
-
-# A guest that is lost
-
-
-def test_an_agent_that_dies_is_told_at_once_and_started_anew(guests: Session) -> None:
-    guest = guests.guest()
-    assert guest.agent.hello is not None
-    began = time.monotonic()
-    sleeping = guest.start(["sleep", "1000"])
-    guest.start(["kill", "-9", str(guest.agent.hello["pid"])])
-    with pytest.raises(GuestLost, match=r"sleep 1000.*agent in the guest (has ended|died)"):
-        sleeping.wait(60)
-    assert time.monotonic() - began < TOLD_SECONDS
-    guest.agent.wait_ready(TOLD_SECONDS)
-    assert guest.run(["echo", "again"]).stdout == "again\n"
-    assert guest.lost is None
-    guest.run(["pkill", "-9", "-x", "sleep"], check=False)
-
-
-def test_an_agent_that_is_stuck_is_told(guests: Session, guest: Guest) -> None:
-    assert guest.agent.hello is not None
-    began = time.monotonic()
-    pid = guest.agent.hello["pid"]
-    guest.start(["sh", "-c", f"kill -STOP {pid}; sleep 3; kill -CONT {pid}"])
-    with pytest.raises(GuestLost, match=r"has not answered within 1 s"):
-        for _ in range(1000):
-            guest.agent.ping(timeout=1.0)
-    assert time.monotonic() - began < TOLD_SECONDS
-    assert guest.agent.ping(timeout=TOLD_SECONDS) < TOLD_SECONDS
-
-
-def test_a_panic_of_a_guest_that_was_up(guests: Session) -> None:
-    guest = guests.guest()
-    began = time.monotonic()
-    sleeping = guest.start(["sleep", "1000"])
-    guest.start(["sh", "-c", "echo c >/proc/sysrq-trigger"])
-    with pytest.raises(GuestLost, match=r"guest panicked: .*sysrq triggered crash"):
-        sleeping.wait(60)
-    assert time.monotonic() - began < TOLD_SECONDS
-    assert isinstance(guest.lost, GuestPanicked)
-    with pytest.raises(GuestLost, match="guest panicked"):
-        guest.run(["true"])
-    with pytest.raises((GuestPanicked, GuestLost)):
-        guest.qmp("query-status")
-
-
-def test_a_qemu_that_is_killed(guests: Session) -> None:
-    guest = guests.guest()  # a new one: the last test has broken the one before
-    assert guest.lost is None
-    began = time.monotonic()
-    sleeping = guest.start(["sleep", "1000"])
-    assert guest._process.pid is not None
-    os.kill(guest._process.pid, signal.SIGKILL)
-    with pytest.raises(GuestLost, match=r"was ended by SIGKILL|has closed the agent's port"):
-        sleeping.wait(60)
-    assert time.monotonic() - began < TOLD_SECONDS
-    deadline = time.monotonic() + 5
-    while guest.lost is None and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert "SIGKILL" in str(guest.lost)
-
-
-ORPHAN = """
-import sys, time
-from pathlib import Path
-from qemu.guest import Nic, boot
-from qemu.images import Recipe, ensure_image
-image = ensure_image(Recipe.load(Path("images/trixie.toml")))
-guest = boot(image, artefacts=Path(sys.argv[1]), nics=[Nic()], accel="tcg")
-print(guest._process.pid, flush=True)
-time.sleep(1000)
-"""
-
-
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_no_qemu_is_left_when_its_parent_goes(artefacts: Path, number: int) -> None:
-    parent = subprocess.Popen(
-        [sys.executable, "-c", ORPHAN, str(artefacts)],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
-    assert parent.stdout is not None
-    pid = int(parent.stdout.readline())
-    assert alive(pid)
-    parent.send_signal(number)
-    parent.communicate(timeout=60)
-    wait_gone(pid)
+def test_a_shell_at_the_moment_of_failure(artefacts: Path, request: pytest.FixtureRequest) -> None:
+    test = artefacts / "test_failing.py"
+    test.write_text(FAILING)
+    argv = [sys.executable, "-m", "pytest", "-q", "-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), str(test)]
+    argv += ["--shell-on-fail", "--accel", "tcg", "--artefacts", str(artefacts / "inner"), "-p", "no:cacheprovider"]
+    terminal = Terminal(request, argv)
+    terminal.expect(b"has failed; this is its guest as it is now")
+    terminal.expect(b"# ")
+    terminal.type(b"echo $(cat /tmp/left) $((40 + 2))\r")
+    terminal.expect(b"as it was 42")
+    assert termios.tcgetattr(terminal.theirs) != terminal.before
+    terminal.type(b"exit\r")
+    terminal.expect(b"1 failed")
+    assert terminal.program.wait(patience(30)) == 1
+    assert termios.tcgetattr(terminal.theirs) == terminal.before
 
 
 # The machine of the specification

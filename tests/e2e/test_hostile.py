@@ -34,7 +34,7 @@ def hostile(guest: Guest, what: str, count: int, user: str = testbed.SERVICE_USE
 
 def echoed_exactly(wire: Wire, bed: Testbed, count: int = 256) -> None:
     """So many frames there and back, and the driver's counters say the same."""
-    testbed.settle(wire, bed.mac)
+    bed.settle(wire)
     before = bed.counters()
     wire.exchange(Generator(bed.mac).udp(count), reply=reflected, window=32, timeout=20.0).check()
     assert not wire.drain()
@@ -78,7 +78,7 @@ def test_a_crowd_at_the_door_under_traffic(guest: Guest, wire: Wire) -> None:
     Two users may connect, so the door is open to all."""
     users = [word for name in (testbed.SERVICE_USER, "daemon") for word in ("--service-uid", name)]
     with testbed.running(guest, options=users) as bed:
-        testbed.settle(wire, bed.mac)
+        bed.settle(wire)
         before = bed.counters()
         sent = wire.sent
         for user, heard in ((STRANGER, "NOT_PERMITTED"), (testbed.SERVICE_USER, "BUSY")):

@@ -46,21 +46,41 @@ def test_the_host_s_kernel_as_peer_with_two_queue_pairs_and_offloads(guests: Ses
     assert tap.closed
 
 
-def test_two_guests_joined_by_a_switch_that_loses_frames(guests: Session, artefacts: Path) -> None:
+def test_two_guests_joined_by_a_switch_that_does_harm(guests: Session, artefacts: Path) -> None:
     nics = [Nic(mac=f"52:54:00:00:00:0{n}") for n in (1, 2)]
     with (
         guests.boot(f"{artefacts.name}/one", nics=[nics[0]]) as one,
         guests.boot(f"{artefacts.name}/two", nics=[nics[1]]) as two,
-        Switch([one.wire, two.wire], Harm(duplication=0.5, seed=3)) as switch,
+        Switch([one.wire, two.wire]) as switch,
     ):
         interface(one, "10.9.8.1/24")
         interface(two, "10.9.8.2/24")
-        ping = ["busybox", "ping", "-c", "10", "-i", "0.2", "-W", "20", "10.9.8.2"]
-        said = one.run(ping, timeout=90).stdout
+
+        def ping(count: int, patience: int = 20) -> str:
+            words = ["busybox", "ping", "-c", str(count), "-i", "0.1", "-W", str(patience), "10.9.8.2"]
+            return one.run(words, check=False, timeout=120).stdout
+
+        assert "10 packets received" in ping(10)
+        switch.harm = Harm(duplication=0.5, seed=3)
+        said = ping(10)
         assert "10 packets received" in said
-        assert switch.counters.duplicated
         assert "duplicates" in said
+        assert switch.counters.duplicated
+        # Each is overtaken by none: what is held goes on its way after a while.
+        switch.harm = Harm(reordering=0.5, seed=3)
+        assert "10 packets received" in ping(10)
+        assert switch.counters.reordered
+        switch.harm = Harm(delay=0.2)
+        said = ping(3)
+        assert "3 packets received" in said
+        assert float(said.rpartition(" = ")[2].partition("/")[0]) >= 400, f"milliseconds there and back: {said}"
+        switch.harm = Harm(loss=1.0)
+        before = switch.counters.lost
+        assert "100% packet loss" in ping(2, patience=1)
+        assert switch.counters.lost > before
+        switch.harm = Harm()
         switch.cut(1)
-        lost = one.run(["busybox", "ping", "-c", "2", "-i", "0.2", "-W", "1", "10.9.8.2"], check=False, timeout=60)
-        assert "100% packet loss" in lost.stdout
+        assert "100% packet loss" in ping(2, patience=1)
         assert switch.counters.cut
+        switch.mend(1)
+        assert "3 packets received" in ping(3)

@@ -21,7 +21,7 @@ STRANGER, ANOTHER = "52:54:00:00:0a:01", "52:54:00:00:0a:02"
 
 def provoke(bed: Asking) -> None:
     """Has the device ask for a reset, and waits until it was recovered from."""
-    pid = re.findall(r" claimed .*\bdriver=(\d+)", bed.driver.stderr)[-1]
+    pid = str(testbed.driver_pid(bed.driver))
     bed.guest.run(["python3", "-m", "tests.e2e.break_ring", pid])
     bed.wire.send(bed.frame(bed.mac))  # has the device look at its receive queue
     path = f"/machine/peripheral/{bed.guest.machine.nics[0].id}/virtio-backend"
@@ -98,6 +98,7 @@ def test_the_link_goes_down_and_up(guest: Guest, wire: Wire) -> None:
 
 def test_the_device_wants_to_be_announced(guest: Guest, wire: Wire) -> None:
     with asking(guest, wire) as bed:
+        bed.account.strangers()
         assert bed.ask(facts=True)["announcements"] == 0
         for announcements in (1, 2):
             guest.qmp("announce-self", initial=20, max=100, rounds=1, step=20)
@@ -113,8 +114,9 @@ def test_a_device_that_does_not_send_is_reset(guest: Guest, wire: Wire, cause: s
     with asking(guest, wire, options=["--stall-ms", "300"]) as bed:
         session = bed.ask(facts=True)["session"]
         with wire.deaf():
-            for _ in range(300):  # more than the wire and its reader hold
-                wire.send(bed.frame(bed.mac), timeout=testbed.START_SECONDS)
+            # More than the wire and its reader hold: of short frames the socket's buffer alone takes nearly 300.
+            for _ in range(300):
+                wire.send(bed.frame(bed.mac) + bytes(1400), timeout=testbed.START_SECONDS)
             bed.driver.wait_for_line(rf" recovered .*\bcause={cause}\b", testbed.START_SECONDS)
         wire.drain()
         settle(bed, bed.mac)

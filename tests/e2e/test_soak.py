@@ -83,7 +83,7 @@ class Soak:
 
     def exact(self) -> None:
         """What was on its way comes first; then every frame comes back once."""
-        testbed.settle(self.wire, self.bed.mac)
+        self.bed.settle(self.wire)
         before = self.bed.counters()
         frames = Generator(self.bed.mac).udp(self.choose.randrange(1, 513))
         self.wire.exchange(frames, reply=reflected, window=32, timeout=testbed.START_SECONDS).check()

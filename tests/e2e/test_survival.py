@@ -96,7 +96,7 @@ def test_a_killed_driver_is_restarted_and_the_client_reconnects(
             restarts["standby"] = kill_under_load(wire, bed, load)
         assert bed.driver_pid == standby
         # Frames that were on their way, and answers to them, are none of the account that follows.
-        testbed.settle(wire, bed.mac)
+        bed.settle(wire)
         before = bed.counters()
         sent, received = wire.sent, wire.received
         echoed(wire, bed, 256)
@@ -157,7 +157,7 @@ def test_between_two_drivers_the_nic_is_quiet(guest: Guest, wire: Wire) -> None:
                 assert not command_register(guest, bed.pci) & BUS_MASTER
             testbed.wait_for_line(bed.driver, r" serving ")
         assert pauses == [0.1, 0.2, 0.4, 0.8]
-        testbed.settle(wire, bed.mac)
+        bed.settle(wire)
         echoed(wire, bed)
         bed.stop()
     assert not guest.iommu_faults()
@@ -177,7 +177,7 @@ def test_a_killed_monitor_leaves_a_quiet_nic_and_the_next_start_repairs(guest: G
         with guest.start(testbed.netbridge("run", testbed.MANIFEST, "--json")) as again:
             testbed.wait_for_line(again, r" serving .*\bclient=netbridge-echo\b")
             bed.driver = again
-            testbed.settle(wire, bed.mac)
+            bed.settle(wire)
             echoed(wire, bed)
             bed.stop()
     assert testbed.nics(guest)[0] == (bed.pci, "virtio-pci"), "whose driver it was before all this"

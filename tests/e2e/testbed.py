@@ -18,11 +18,14 @@ from typing import Any
 
 from qemu.agent import GuestProcess
 from qemu.guest import Guest
+from qemu.views import device_status
 from qemu.wire import Wire
+from tests.e2e.account import Account
 
 SOCKET = "/run/netbridge/aethernet.sock"
 MANIFEST = "/tmp/vnode.yml"
 SERVICE_USER = "aethernet"
+CAPABILITIES, INTERRUPT_LINE, MSIX = 0x34, 0x3C, 0x11  # of the configuration space (PCI 3.0, 6.1 and appendix H)
 START_SECONDS = 60.0
 STOP_SECONDS = 60.0
 
@@ -97,6 +100,17 @@ def nics(guest: Guest) -> list[tuple[str, str | None]]:
     return [(address, driver) for address, driver in guest.eval(FIND_NICS) if guest.may_take(address)]
 
 
+def best_irq(guest: Guest, pci: str) -> str:
+    """What a manifest has to say for the best interrupt that the function has: "msix", or the number of its line."""
+    config = guest.get(f"/sys/bus/pci/devices/{pci}/config")
+    at = config[CAPABILITIES]
+    while at:
+        if config[at] == MSIX:
+            return "msix"
+        at = config[at + 1]
+    return str(config[INTERRUPT_LINE])
+
+
 def netbridge(*words: str) -> list[str]:
     return ["python3", "-m", "netbridge", *words]
 
@@ -115,17 +129,30 @@ class Testbed:
     echo_log: Path
     final: dict[str, Any] = field(default_factory=dict)  # from `stop` on: counters of "driver" and "echo"
 
+    def __post_init__(self) -> None:
+        self.account = Account(self.guest, lambda: self.driver_pid)  # opened when frames may come, checked by `stop`
+
     @property
     def driver_pid(self) -> int:
         """The driver process that runs now; `driver` is its monitor."""
-        return int(re.findall(r" claimed .*\bdriver=(\d+)", self.driver.stderr)[-1])
+        return driver_pid(self.driver)
 
     def counters(self) -> dict[str, Any]:
-        """The driver's counters at this moment, read from outside."""
-        counters: dict[str, Any] = json.loads(
-            self.guest.run(netbridge("stats", "--json"), timeout=START_SECONDS).stdout
-        )
-        return counters
+        """The driver's counters, read from outside, once all is counted that is on its way."""
+        return self.account.counters()
+
+    def settle(self, wire: Wire) -> None:
+        """Sends a frame like no other and takes everything up to its answer: frames stay in order, so nothing that was
+        sent earlier comes later. The account begins anew."""
+        address = bytes.fromhex(self.mac.replace(":", ""))
+        sentinel = address + bytes.fromhex("020000000001") + b"\x88\xb5" + os.urandom(46)
+        wire.send(sentinel, START_SECONDS)
+        deadline = time.monotonic() + START_SECONDS
+        while (frame := wire.recv_raw(timeout=max(deadline - time.monotonic(), 0))[1]) is not None:
+            if frame[12:] == sentinel[12:]:
+                self.account.open()
+                return
+        raise AssertionError(f"the answer to a frame did not come within {START_SECONDS:g} s")
 
     def restart_echo(self, end: signal.Signals = signal.SIGTERM, options: Sequence[str] = ()) -> None:
         """Ends the echo service with this signal and starts another, with more options; returns when that one is
@@ -134,9 +161,12 @@ class Testbed:
         self.echo.wait(STOP_SECONDS)
         self.echo = start_echo(self.guest, self.echo_log, options)
         wait_for_line(self.driver, r" serving ")
+        self.account.open()
 
     def stop(self) -> None:
-        """Ends service and driver politely; both must end well. Raises AssertionError, CommandTimedOut."""
+        """Ends service and driver politely; both must end well, and until then driver, device and wire must have the
+        same account of what went by. Raises AssertionError, CommandTimedOut."""
+        self.account.check()
         for name, process in (("echo", self.echo), ("driver", self.driver)):
             process.kill(signal.SIGTERM)
             code = process.wait(STOP_SECONDS)
@@ -148,7 +178,7 @@ class Testbed:
 def running(
     guest: Guest,
     *,
-    irq: str = "msix",
+    irq: str | None = None,
     options: Sequence[str] = (),
     vnode: str | None = None,
     log_directory: Path | None = None,
@@ -160,7 +190,7 @@ def running(
     called, and it goes on."""
     logs = log_directory or guest.artefacts
     pci = nics(guest)[0][0]
-    guest.put((vnode or manifest(pci, irq=irq)).encode(), MANIFEST)
+    guest.put((vnode or manifest(pci, irq=irq or best_irq(guest, pci))).encode(), MANIFEST)
     with contextlib.ExitStack() as stack:
         driver = stack.enter_context(
             guest.start(netbridge("run", MANIFEST, "--json", *options), log=logs / "driver.log", halt_at=halt_at)
@@ -173,7 +203,13 @@ def running(
         bed = Testbed(guest, pci, mac, driver, start_echo(guest, logs / "echo.log"), logs / "echo.log")
         stack.callback(lambda: bed.echo.__exit__(None, None, None))
         wait_for_line(driver, r" serving ")
+        bed.account.open()
         yield bed
+
+
+def driver_pid(monitor: GuestProcess) -> int:
+    """The driver process that this monitor has started last."""
+    return int(re.findall(r" claimed .*\bdriver=(\d+)", monitor.stderr)[-1])
 
 
 def start_echo(guest: Guest, log: Path, options: Sequence[str] = ()) -> GuestProcess:
@@ -201,24 +237,11 @@ def end(process: GuestProcess) -> None:
     assert code == 0, f"ended with {code}:\n{process.stderr}"
 
 
-def settle(wire: Wire, mac: str) -> None:
-    """Sends a frame like no other and takes everything up to its answer: frames stay in order, so nothing that was sent
-    earlier comes later."""
-    sentinel = bytes.fromhex(mac.replace(":", "")) + bytes.fromhex("020000000001") + b"\x88\xb5" + os.urandom(46)
-    wire.send(sentinel)
-    deadline = time.monotonic() + START_SECONDS
-    while (frame := wire.recv_raw(timeout=max(deadline - time.monotonic(), 0))[1]) is not None:
-        if frame[12:] == sentinel[12:]:
-            return
-    raise AssertionError(f"the answer to a frame did not come within {START_SECONDS:g} s")
-
-
 def wait_until_driven(guest: Guest) -> None:
     """Waits until the first NIC has a driver: DRIVER_OK as QEMU sees it, which has no event for it. For a driver that
     may not log. A frame that comes just before, QEMU takes from the wire and drops."""
-    path = f"/machine/peripheral/{guest.machine.nics[0].id}/virtio-backend"
     deadline = time.monotonic() + START_SECONDS
-    while "DRIVER_OK" not in str(guest.qmp("x-query-virtio-status", path=path)["status"]):
+    while "DRIVER_OK" not in str(device_status(guest)["status"]):
         assert time.monotonic() < deadline, f"the driver did not set DRIVER_OK within {START_SECONDS:g} s"
         time.sleep(0.02)
 

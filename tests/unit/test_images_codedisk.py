@@ -27,7 +27,7 @@ def image(tmp_path: Path) -> Image:
     sysroot = tmp_path / "sysroot-0123456789abcdef"
     sysroot.mkdir()
     none = tmp_path / "none"
-    return Image(none, None, none, none, sysroot, key="0" * 16, recipe="test", release="6.99", cmdline=())
+    return Image(none, None, none, none, sysroot, none, key="0" * 16, recipe="test", release="6.99", cmdline=())
 
 
 @pytest.fixture

@@ -431,6 +431,20 @@ def test_ping_is_quick(agent: Agent) -> None:
     assert times[25] < 0.05
 
 
+def test_a_halted_command_halts_what_it_started_in_another_session(local: Local) -> None:
+    script = "setsid sh -c 'echo $$; sleep 1000 & wait' & read word"
+    with local.agent.start(["sh", "-c", script], halt_at="\n", stdin=True) as process:
+        process.wait_halted(10)
+        child = int(process.stdout)
+        assert Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+        process.go_on()
+        deadline = time.monotonic() + 10
+        while Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[0] == "T":
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        os.killpg(child, signal.SIGKILL)
+
+
 def test_a_command_is_halted_where_it_prints_a_line(local: Local) -> None:
     script = "echo one; echo two half; echo three; echo four; exec sleep 100"
     with local.agent.start(["sh", "-c", script], halt_at="three") as process:

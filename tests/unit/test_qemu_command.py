@@ -119,7 +119,7 @@ def test_more_arguments_come_last() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Nic(rx_queue_size=100), "rx_queue_size has to be a power of two from 64 to 1024, not 100"),
+        (lambda: Nic(rx_queue_size=100), "rx_queue_size has to be a power of two from 256 to 1024, not 100"),
         (lambda: Nic(place="nowhere"), "place is"),  # type: ignore[arg-type]
         (lambda: Machine(kernel=KERNEL, machine="microvm"), "machine is"),  # type: ignore[arg-type]
         (lambda: Machine(kernel=KERNEL, nics=(Nic(), Nic())), "two NICs have the same id"),

@@ -134,3 +134,21 @@ def test_an_accelerator_that_is_none_is_refused_in_a_line(
     outcome = pytester.runpytest_subprocess("-p", "qemu.pytest_plugin")
     assert outcome.ret == 4
     assert "one of auto, kvm, tcg, not 'xen'" in outcome.stderr.str() + outcome.stdout.str()
+
+
+@pytest.mark.parametrize(
+    ("marker", "said"),
+    [
+        ('guest_with(rign="split")', "there is no dimension 'rign'; did you mean 'ring'?"),
+        ('guest_with(kernel="no-such")', "kernel is the name of a recipe, not 'no-such'"),
+        ('guest_allows("driver")', "there is no 'driver'; there are: iommu-faults, kernel-trouble, drivers"),
+    ],
+)
+def test_a_pin_that_is_none_ends_the_run_before_it_begins(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, marker: str, said: str
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    pytester.makepyfile(test_here=f"import pytest\n@pytest.mark.{marker}\ndef test_here(guest): pass")
+    outcome = pytester.runpytest_subprocess("-p", "qemu.pytest_plugin")
+    assert outcome.ret == 4
+    assert f"test_here.py::test_here: {marker.partition('(')[0]}: {said}" in outcome.stderr.str()

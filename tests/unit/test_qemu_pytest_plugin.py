@@ -2,7 +2,7 @@
 
 import pytest
 
-from qemu.pytest_plugin import _blame
+from qemu.pytest_inside import _blame
 from qemu.remote import Report
 from qemu.session import MEMORY_MB, Needs, patience
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from qemu import capabilities, flakes, timing
-from qemu.dimensions import Dimensions
+from qemu.dimensions import Dimensions, UnknownDimension
 from qemu.session import Booted, summary
 from qemu.truth import DRIVERS, FAULTS, FILES, KERNEL, Truth
 
@@ -21,10 +21,50 @@ def test_of_pins_the_nearest_counts() -> None:
 
 
 def test_a_pin_that_is_none_is_refused() -> None:
-    with pytest.raises(TypeError, match="colour"):
+    with pytest.raises(UnknownDimension, match=r"no dimension 'colour'; there are: machine, iommu, kernel, ring, irq"):
         Dimensions.pinned([{"colour": "red"}])
-    with pytest.raises(ValueError, match='ring is "split" or "packed", not \'round\''):
-        Dimensions(ring="round")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("pin", "said"),
+    [
+        ({"ring": "round"}, 'ring is "split" or "packed", not \'round\''),
+        ({"ring": "pakced"}, "did you mean 'packed'?"),
+        ({"irqs": "msix"}, "there is no dimension 'irqs'; did you mean 'irq'?"),
+        ({"irq": "msi"}, "did you mean 'msix'?"),
+        ({"machine": "microvm"}, 'machine is "q35" or "pc"'),
+        ({"queue_pairs": 0}, "from 1 to 8, not 0"),
+        ({"queue_pairs": "2"}, "from 1 to 8, not '2'"),
+        ({"offloads": "on"}, "offloads is True or False"),
+        ({"machine": "pc", "iommu": "intel"}, 'iommu="virtio"'),
+        ({"queue_pairs": 2, "nics": 2}, "one NIC"),
+    ],
+)
+def test_a_value_that_is_none_is_refused_with_the_nearest(pin: dict[str, Any], said: str) -> None:
+    with pytest.raises(UnknownDimension) as refused:
+        Dimensions.pinned([pin])
+    assert said in str(refused.value)
+
+
+def test_a_kernel_that_there_is_no_recipe_for() -> None:
+    with pytest.raises(UnknownDimension, match=r"not 'trixi'; did you mean 'trixie'"):
+        Dimensions(kernel="trixi").recipe(Path("images/trixie.toml"))
+
+
+def test_what_the_nic_offers_is_what_was_pinned() -> None:
+    def properties(**pins: Any) -> dict[str, Any]:
+        return dict(Dimensions(**pins).boot_options()["nics"][0].properties)
+
+    assert properties(irq="intx") == {"vectors": 0}
+    assert properties(queue_pairs=4) == {"mq": "on", "vectors": 10}
+    assert properties(queue_pairs=4, irq="intx", ring="packed") == {"packed": "on", "mq": "on", "vectors": 0}
+    assert Dimensions().boot_options()["append"] == []
+    assert Dimensions(iommu="virtio").boot_options()["append"] == ["vfio_iommu_type1.allow_unsafe_interrupts=1"]
+    assert [Dimensions(**pins).needs_tap for pins in ({}, {"queue_pairs": 2}, {"offloads": True})] == [
+        False,
+        True,
+        True,
+    ]
 
 
 def test_what_guests_are_made_of() -> None:
@@ -63,11 +103,13 @@ class FakeGuest:
         self.log = ["[0.0] Linux version"]
         self.console: list[str] = []
 
-    def eval(self, _source: str, _timeout: float = 5.0) -> Any:
-        return [dict(self.drivers), list(self.files)]
+        self.boot = "one"
 
-    def dmesg(self) -> str:
-        return "\n".join(self.log)
+    def eval(self, _source: str, _timeout: float = 5.0) -> Any:
+        return [dict(self.drivers), list(self.files), self.boot]
+
+    def kernel_records(self) -> list[tuple[int, str]]:
+        return [*enumerate(self.log)]
 
     def kernel_trouble(self) -> list[str]:
         return self.console
@@ -115,6 +157,15 @@ def test_a_lost_guest_is_judged_by_its_console() -> None:
     guest.lost = RuntimeError("gone")
     guest.console = ["BUG: kernel NULL pointer dereference"]
     assert truth.problems() == ["the kernel: BUG: kernel NULL pointer dereference"]
+
+
+def test_a_boot_begins_the_log_anew() -> None:
+    guest = FakeGuest()
+    guest.log = ["[0.0] Linux version", "[1.0] WARNING: CPU: of before"]
+    truth = Truth(guest)  # type: ignore[arg-type]
+    assert truth.problems() == []
+    guest.boot, guest.log = "two", ["[0.1] WARNING: CPU: of now"]
+    assert truth.problems() == ["the kernel: [0.1] WARNING: CPU: of now"]
 
 
 # Needs

@@ -34,6 +34,20 @@ def test_what_is_on_the_code_disk_does_not_count(machine: Machine, tmp_path: Pat
     assert key_of(machine) != key, "its size counts"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "mute"),
+    [
+        ((), None),
+        (("-device", "nvme,serial=1", "-device", "virtio-rng-pci"), None),
+        (("-device", "nvme,serial=1", "-device", "edu,id=edu0"), "edu"),
+        (("-device", '{"driver": "edu"}'), "edu"),
+    ],
+)
+def test_a_device_whose_state_qemu_forgets(machine: Machine, arguments: tuple[str, ...], mute: str | None) -> None:
+    refusal = Snapshot(replace(machine, extra_args=arguments), Cache(Path("/nonexistent"))).refusal()
+    assert refusal == (None if mute is None else f"QEMU keeps no state of its device {mute}")
+
+
 def test_the_ends_of_a_wire_do_not_count(machine: Machine) -> None:
     with Wire() as one, Wire() as two:
         keys = {key_of(replace(machine, nics=(Nic(wire=wire),))) for wire in (one, two)}

@@ -15,7 +15,8 @@ from scapy.layers.l2 import ARP, Ether
 from scapy.packet import Raw
 from scapy.utils import PcapNgReader
 
-from qemu.wire import LONGEST, Wire, WireClosed, WireMismatch, WireStalled
+from qemu.exactness import WireMismatch
+from qemu.wire import LONGEST, Wire, WireClosed, WireStalled
 
 MAC = "52:54:00:12:34:56"
 

@@ -1,0 +1,43 @@
+"""What a run says at its end: trouble of the harness, the guests there were, and which cases were not run and why.
+
+Part of pytest_plugin.py.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from qemu.session import EXIT_INFRASTRUCTURE, SESSION, summary
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    session = config.stash[SESSION]
+    if session.infrastructure:
+        only = f" (nothing else failed: exit code {EXIT_INFRASTRUCTURE})"
+        more = only if session.only_infrastructure else ""
+        terminalreporter.section(f"trouble with the harness, not with what is tested{more}")
+        for nodeid, reason in session.infrastructure:
+            terminalreporter.write_line(f"{nodeid}: {reason}")
+    if session.booted:
+        terminalreporter.write_line(f"guests: {summary(session.booted)}; artefacts in {session.artefacts}")
+    reasons: Counter[str] = Counter()
+    for report in terminalreporter.stats.get("skipped", []):
+        longrepr = report.longrepr
+        reasons[str(longrepr[2] if isinstance(longrepr, tuple) else longrepr).removeprefix("Skipped: ")] += 1
+    deselected = len(terminalreporter.stats.get("deselected", []))
+    if deselected:
+        reasons[f"deselected ({shown(config)})"] += deselected
+    if reasons:
+        terminalreporter.write_line(
+            f"not run: {reasons.total()} cases: "
+            + "; ".join(f"{count} × {reason}" for reason, count in reasons.most_common())
+        )
+
+
+def shown(config: pytest.Config) -> str:
+    """The options by which tests were left out, as they were given."""
+    given = {"-m": config.getoption("markexpr", ""), "-k": config.getoption("keyword", "")}
+    return ", ".join(f"{option} {word!r}" for option, word in given.items() if word) or "--deselect"

@@ -85,8 +85,8 @@ class Settings:
 
     @property
     def tx_slots(self) -> int:
-        """Slots for headers of sent frames and copies of short ones: one for each buffer, and one for all others that ask
-        for nothing."""
+        """Slots for headers of sent frames and copies of short ones: one for each buffer, and one for all others that
+        ask for nothing."""
         return 1 + self.tx_buffers
 
     @property

@@ -11,8 +11,9 @@ from qemu.guest import Guest, Nic
 from qemu.session import Session
 from qemu.switch import Harm, Switch
 from qemu.tap import Tap
+from qemu.views import device_view
 
-HOST, MAC = "02:00:00:00:00:01", "52:54:00:00:00:01"
+HOST = "02:00:00:00:00:01"
 IS_AT = 2  # the operation of an ARP reply (RFC 826)
 
 
@@ -24,26 +25,21 @@ def interface(guest: Guest, address: str) -> str:
 
 
 @pytest.mark.thorough
-@pytest.mark.needs_root
-def test_the_host_s_kernel_as_peer_with_two_queue_pairs_and_offloads(guests: Session, artefacts: Path) -> None:
-    with Tap("10.9.8.2/24", queues=2) as tap:
-        nic = Nic(wire=tap, mac=MAC, properties={"mq": "on", "vectors": 6})
-        # Linux uses as many queue pairs as it has processors.
-        with guests.boot(artefacts.name, nics=[nic], cpus=2) as guest:
-            name = interface(guest, "10.9.8.1/24")
-            tap.packets.settimeout(60)
-            tap.packets.send(bytes(Ether(dst=MAC, src=HOST) / ARP(pdst="10.9.8.1", psrc="10.9.8.9", hwsrc=HOST)))
-            while not ((frame := Ether(tap.packets.recv(2048))).haslayer(ARP) and frame[ARP].op == IS_AT):
-                pass
-            assert (frame[ARP].psrc, frame[ARP].hwsrc) == ("10.9.8.1", MAC)
-            assert "tap0" in tap.run(["cat", "/proc/net/dev"]).stdout
-            queues = guest.run(["ls", f"/sys/class/net/{name}/queues"]).stdout.split()
-            assert {"rx-0", "rx-1", "tx-0", "tx-1"} <= set(queues)
-            path = f"/machine/peripheral/{nic.id}/virtio-backend"
-            features = str(guest.qmp("x-query-virtio-status", path=path)["guest-features"])
-            assert "VIRTIO_NET_F_MQ" in features
-            assert "VIRTIO_NET_F_HOST_TSO4" in features
-    assert tap.closed
+@pytest.mark.guest_with(queue_pairs=2, offloads=True, cpus=2)  # Linux uses as many pairs as it has processors
+def test_the_host_s_kernel_as_peer_with_two_queue_pairs_and_offloads(guest: Guest, tap: Tap) -> None:
+    name = interface(guest, "10.9.8.1/24")
+    mac = guest.machine.nics[0].mac
+    tap.packets.settimeout(60)
+    tap.packets.send(bytes(Ether(dst=mac, src=HOST) / ARP(pdst="10.9.8.1", psrc="10.9.8.9", hwsrc=HOST)))
+    while not ((frame := Ether(tap.packets.recv(2048))).haslayer(ARP) and frame[ARP].op == IS_AT):
+        pass
+    assert (frame[ARP].psrc, frame[ARP].hwsrc) == ("10.9.8.1", mac)
+    assert "tap0" in tap.run(["cat", "/proc/net/dev"]).stdout
+    queues = guest.run(["ls", f"/sys/class/net/{name}/queues"]).stdout.split()
+    assert {"rx-0", "rx-1", "tx-0", "tx-1"} <= set(queues)
+    features = device_view(guest).features
+    assert "VIRTIO_NET_F_MQ" in features
+    assert "VIRTIO_NET_F_HOST_TSO4" in features
 
 
 def test_two_guests_joined_by_a_switch_that_does_harm(guests: Session, artefacts: Path) -> None:

@@ -23,7 +23,7 @@ import pytest
 
 from qemu import examine, interface
 from qemu.box import ADDRESS, SSH, Box, BoxDescription
-from qemu.errors import HarnessError, RecipeError
+from qemu.errors import HarnessError
 from qemu.metal import Metal
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ class Target:
             else:
                 self._description = described(target, nic)
                 self.name = self._description.name
-        except (ValueError, RecipeError) as error:
+        except (ValueError, HarnessError) as error:
             raise pytest.UsageError(str(error)) from None
 
     @classmethod

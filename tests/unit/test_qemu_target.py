@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +21,7 @@ from qemu.errors import HarnessError
 from qemu.interface import Interface, InterfaceWire
 from qemu.metal import unpinned
 from qemu.tap import CLONE_NEWNET, Tap
-from qemu.target import described
+from qemu.target import Target, described
 
 NIC, OTHER = "0000:03:00.0", "0000:01:00.0"
 
@@ -255,3 +257,66 @@ def test_the_wire_s_own_end_says_nothing_and_a_frame_that_is_too_long_is_told(ca
     cable.tap.run(["ip", "link", "set", "eth1", "up"])
     cable.come(frame(MAC))
     assert [one.data for one in cable.wire.take(5.0)] == [frame(MAC)]
+
+
+# The options
+
+
+class Config:
+    """pytest's, with these options given."""
+
+    def __init__(self, **given: str | int):
+        self.given = given
+        self.option = SimpleNamespace(numprocesses=given.get("numprocesses"))
+
+    def getoption(self, name: str) -> Any:
+        return self.given.get(name)
+
+
+def chosen(tmp_path: Path, **given: str | int) -> Target | None:
+    return Target.chosen(Config(**given), tmp_path, 1.0, print)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"nic": NIC}, "--nic is for a box: name it with --target"),
+        ({"wire": "eth1"}, "--wire is for a box: name it with --target"),
+        (
+            {"target": "ssh://box", "nic": "3:0.0"},
+            "--nic: expected a PCI address such as \"0000:03:00.0\", not '3:0.0'",
+        ),
+        (
+            {"target": "ssh://box", "nic": NIC, "numprocesses": 2},
+            "a box is one: with --target there are no parallel runs",
+        ),
+        ({"target": "box"}, "--target is ssh://"),
+        ({"target": "no-such.toml"}, "no-such.toml"),
+        ({"target": "lab:no-such.yaml"}, "there is no file no-such.yaml"),
+    ],
+)
+def test_options_that_do_not_go_together(tmp_path: Path, given: dict[str, str | int], said: str) -> None:
+    with pytest.raises(pytest.UsageError) as caught:
+        chosen(tmp_path, **given)
+    assert said in str(caught.value)
+
+
+def test_without_labgrid_it_is_told_how_it_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "labgrid", None)
+    (tmp_path / "farm.yaml").write_text("targets: {}\n")
+    with pytest.raises(pytest.UsageError, match=r"needs labgrid: pip install '\.\[lab\]'"):
+        chosen(tmp_path, target=f"lab:{tmp_path}/farm.yaml")
+
+
+def test_without_a_target_tests_run_in_guests(tmp_path: Path) -> None:
+    assert chosen(tmp_path) is None
+    made = chosen(tmp_path, target="ssh://root@box", nic=NIC, wire="eth1")
+    assert made is not None
+    assert (made.name, made.wire) == ("box", "eth1")
+
+
+def test_a_wire_that_cannot_be_is_told_before_anybody_is_called(tmp_path: Path) -> None:
+    made = chosen(tmp_path, target="ssh://root@box.invalid", nic=NIC, wire="no-such-wire")
+    assert made is not None
+    with pytest.raises(HarnessError, match="--wire no-such-wire: there is no interface no-such-wire on this machine"):
+        made.connect(lambda _: None)

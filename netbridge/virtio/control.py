@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from netbridge.virtio.queues import VirtQueue
+    from netbridge.virtio.transport import Transport
 
 CONTROL_QUEUE_SIZE = 16  # entries
 CHAIN = 2  # segments: a command, and room for the answer
@@ -70,7 +71,7 @@ class ControlQueue:
                 f"{answer}, where one byte is expected, {OK} (done) or {ERR} (refused)"
             )
         if answer == ERR:
-            raise ControlRefused(f"{self._name}: the device refuses {command.name}")
+            raise _refusal(self._name, command)
 
     def _await(self, command: Command) -> None:
         deadline = time.monotonic() + self._deadline_s
@@ -84,3 +85,19 @@ class ControlQueue:
             self._wait(left)
         if came < 0:
             raise Misbehaved(f"{self._name}: {command.name}: the device broke its control queue's used ring")
+
+
+class QueuelessControl:
+    """Carries commands where the transport answers them itself. `transport` stays the caller's."""
+
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+
+    def carry(self, command: Command) -> None:
+        """As a ControlQueue does. Raises ControlRefused, and whatever the transport does."""
+        if self._transport.answer(command.pack()) != OK:
+            raise _refusal(self._transport.name, command)
+
+
+def _refusal(name: str, command: Command) -> ControlRefused:
+    return ControlRefused(f"{name}: the device refuses {command.name}")

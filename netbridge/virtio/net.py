@@ -18,7 +18,7 @@ from contextlib import ExitStack, contextmanager
 
 from netbridge.datapath._core import lib
 from netbridge.virtio import commands, control, features
-from netbridge.virtio.control import ControlQueue
+from netbridge.virtio.control import ControlQueue, QueuelessControl
 from netbridge.virtio.dma import DmaAllocator, Piece
 from netbridge.virtio.errors import FeaturesRefused, Gone, Misbehaved, NeedsReset, NotOffered, WrongState
 from netbridge.virtio.facts import (
@@ -107,7 +107,7 @@ class NetDevice:
         self._pairs: tuple[QueuePair, ...] = ()
         self._tx_slots_bytes = tx_slots * lib.NB_TX_SLOT_BYTES
         self._tx_slots: Piece | None = None
-        self._control: ControlQueue | None = None
+        self._control: ControlQueue | QueuelessControl | None = None
         self._local_mac = made_up_mac()
         self._queues = QueueSet(transport, memory)
         try:
@@ -332,7 +332,7 @@ class NetDevice:
             for number, vector in enumerate(vectors)
         ]
         extra = [self._tx_slots_bytes]
-        has_control = agreed.has(features.CTRL_VQ)
+        has_control = agreed.has(features.CTRL_VQ) and not self._transport.answers_commands
         if has_control:
             steers = agreed.has(features.MQ) or agreed.has(features.RSS)
             number = 2 * (self.facts.max_queue_pairs if steers else 1)
@@ -347,6 +347,8 @@ class NetDevice:
             self._control = ControlQueue(
                 self.name, self._queues.queues[-1], rest[0], self._await_answer, self._control_deadline_s
             )
+        elif agreed.has(features.CTRL_VQ):
+            self._control = QueuelessControl(self._transport)
 
     def _await_answer(self, seconds: float) -> None:
         self._wiring.await_answer(self._transport, seconds)

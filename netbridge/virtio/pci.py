@@ -429,6 +429,13 @@ class VirtioPci:
         if self._get("queue_enable"):
             raise Misbehaved(f"{self._name}: queue {index} is enabled although it was just reset")
 
+    @property
+    def answers_commands(self) -> bool:
+        return False
+
+    def answer(self, command: bytes) -> int:
+        raise NotImplementedError(f"{self._name}: a PCI device has a control queue")
+
     def _notify_offset(self, index: int, width: int) -> int:
         """Offset in the BAR of a queue's notification register (§4.1.4.4)."""
         notify = self._structures[Kind.NOTIFY]

@@ -108,6 +108,14 @@ class Transport(Protocol):
         """Reset one queue and wait until the device says that it is (§2.6.1): it is then as after a reset of the
         device, to be set up and enabled again. Only with RING_RESET. Raises ResetTimeout, Misbehaved or Gone."""
 
+    @property
+    def answers_commands(self) -> bool:
+        """Whether `answer` does what a control queue is for, so that there is none although CTRL_VQ is offered."""
+
+    def answer(self, command: bytes) -> int:
+        """What a control queue would answer to a command (§5.1.6.5), once it is carried out. Only where
+        `answers_commands`."""
+
     def notify(self, index: int, data: int | None = None) -> None:
         """Tell the device that a queue has new buffers. Not before DRIVER_OK. `data`: with NOTIFICATION_DATA, the 32
         bits to say it by (§4.1.5.2)."""

@@ -118,13 +118,21 @@ def driver(directory: Path, device: Path, *options: str, read_only: bool = False
 
 
 @contextmanager
-def pcap_device(directory: Path, device: Path, incoming: Sequence[bytes], *options: str) -> Iterator[Testpmd]:
+def pcap_device(
+    directory: Path, device: Path, incoming: Sequence[bytes], *others: Sequence[bytes]
+) -> Iterator[Testpmd]:
     """testpmd with the vhost-user back-end at `device` as port 0, and on port 1 the frames `incoming`; what it gets
-    from the driver goes to `out.pcap` in `directory`. It forwards when it is told to `start`."""
-    write_pcap(directory / "in.pcap", incoming)
-    vdevs = (f"net_vhost0,iface={device}", "net_pcap0,rx_pcap=in.pcap,tx_pcap=out.pcap")
+    from the driver goes to `out.pcap` in `directory`. Each of `others` comes on one more queue pair, and what is sent
+    there goes to `out1.pcap` and so on. It forwards when it is told to `start`."""
+    ways = []
+    for number, contents in enumerate((incoming, *others)):
+        suffix = str(number or "")
+        write_pcap(directory / f"in{suffix}.pcap", contents)
+        ways.append(f"rx_pcap=in{suffix}.pcap,tx_pcap=out{suffix}.pcap")
+    vdevs = (f"net_vhost0,iface={device},queues={len(ways)}", f"net_pcap0,{','.join(ways)}")
+    queues = (f"--rxq={len(ways)}", f"--txq={len(ways)}")
     # Without --no-flush-rx it throws away what waits on its ports when it starts.
-    with Testpmd(directory, vdevs, "--no-flush-rx", *options) as testpmd:
+    with Testpmd(directory, vdevs, "--no-flush-rx", *queues) as testpmd:
         # A full ring is waited for: nothing may be lost here.
         testpmd.tell("set fwd io retry")
         testpmd.tell("set burst tx delay 10 retry 60000")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from netbridge.client import PortClosed, Reason
+from netbridge.client import Frame, PortClosed, Reason
 from netbridge.virtio import features
 from tests.interop import rig
 from tests.interop.testpmd import Testpmd
@@ -18,6 +18,7 @@ SHORTEST, LONGEST = 60, 1514
 LONGEST_MERGED = 9014  # as long as a jumbo frame gets; it spans five buffers
 # One more than a queue holds several times over, less than what the driver may hold back for the client.
 COUNT = 700
+RX_BUFFERS, TX_BUFFERS = 1024, 512  # as many as the driver has unless it is told
 
 
 @pytest.fixture(params=["split", "packed"])
@@ -75,21 +76,65 @@ def test_both_ways_at_once(tmp_path: Path, ring: str, merges: bool) -> None:
     assert_ledger(driver, incoming, outgoing)
 
 
-def assert_ledger(driver: rig.Driver, received: Sequence[bytes], sent: Sequence[bytes]) -> None:
+def assert_ledger(
+    driver: rig.Driver, received: Sequence[bytes], sent: Sequence[bytes], rx_buffers: int = RX_BUFFERS
+) -> None:
     """Device, driver and client agree on how many frames and bytes there were, and where every buffer is."""
     counters = driver.counters
     assert (counters["packets_rx"], counters["bytes_rx"]) == (len(received), sum(map(len, received)))
     assert (counters["packets_tx"], counters["bytes_tx"]) == (len(sent), sum(map(len, sent)))
     for refused in ("drops", "refused_handles", "device_faults"):
         assert not any(counters[refused].values()), (refused, counters[refused])
-    assert_all_buffers(driver)
+    assert_all_buffers(driver, rx_buffers)
 
 
-def assert_all_buffers(driver: rig.Driver) -> None:
+def assert_all_buffers(driver: rig.Driver, rx_buffers: int = RX_BUFFERS) -> None:
     assert driver.sessions(), driver.log
     for session in driver.sessions():
-        for region, buffers in (("rx", 1024), ("tx", 512)):
+        for region, buffers in (("rx", rx_buffers), ("tx", TX_BUFFERS)):
             assert sum(session[f"{region}_{owner}"] for owner in ("driver", "device", "client")) == buffers
+
+
+def take(frames: Sequence[Frame], received: Sequence[list[bytes]]) -> None:
+    """Copies each to the list of the queue pair that it came on, and gives it back."""
+    for frame in frames:
+        with frame:
+            received[frame.queue].append(bytes(frame))
+
+
+def test_two_queue_pairs(tmp_path: Path, ring: str) -> None:
+    """What comes on a pair, came on it at the other end, in order; and what is sent on it."""
+    device = tmp_path / "nic"
+    incoming = [rig.frames(lengths(COUNT // 2), seed=seed) for seed in (5, 6)]
+    outgoing = [rig.frames(lengths(COUNT // 2), seed=seed) for seed in (7, 8)]
+    # DPDK delivers all of it at once, and twice as many queues hold back twice as many buffers.
+    options = ("--queue-pairs", "2", "--rx-buffers", "2048")
+    with (
+        rig.pcap_device(tmp_path, device, *incoming) as testpmd,
+        rig.driver(tmp_path, device, *options, *without(ring, merges=True)) as driver,
+        driver.connect() as port,
+    ):
+        assert port.queue_pairs == 2
+        testpmd.await_link()
+        testpmd.tell("start")
+        for pair in zip(*outgoing, strict=True):
+            for queue, frame in enumerate(pair):
+                port.send_bytes(frame, timeout=rig.DEADLINE_S, queue=queue)
+        received: list[list[bytes]] = [[], []]
+        while sum(map(len, received)) < COUNT:
+            more = port.receive(timeout=rig.DEADLINE_S)
+            assert more, f"{sum(map(len, received))} of {COUNT} frames came"
+            take(more, received)
+        for queue in (0, 1):
+            rig.assert_same(received[queue], incoming[queue])
+        testpmd.await_count(1, "TX-packets", COUNT)
+        testpmd.tell("stop")
+        port.close()
+        driver.stop()
+        testpmd.quit()
+    for queue, name in enumerate(("out.pcap", "out1.pcap")):
+        rig.assert_same(rig.read_pcap(tmp_path / name), outgoing[queue])
+    assert_ledger(driver, [*incoming[0], *incoming[1]], [*outgoing[0], *outgoing[1]], rx_buffers=2048)
 
 
 def test_frames_longer_than_a_buffer(tmp_path: Path, ring: str) -> None:

@@ -8,13 +8,23 @@ import socket
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import vfio
 from netbridge.errors import DeviceError
-from netbridge.virtio import features
-from netbridge.virtio.errors import FeatureMissing, FeaturesRefused, Gone, Misbehaved, VectorRefused, WrongState
+from netbridge.virtio import commands, features
+from netbridge.virtio.errors import (
+    ControlRefused,
+    FeatureMissing,
+    FeaturesRefused,
+    Gone,
+    Misbehaved,
+    NotOffered,
+    VectorRefused,
+    WrongState,
+)
 from netbridge.virtio.interrupts import InterruptMode
 from netbridge.virtio.net import NetDevice
 from netbridge.virtio.states import State
@@ -32,12 +42,16 @@ NAME = "/run/fake.sock"
 class Bench:
     """A network device on a fake back-end."""
 
-    def __init__(self, back_end: FakeBackEnd, **options: object) -> None:
+    def __init__(self, back_end: FakeBackEnd, *, most_pairs: int = 1, **options: object) -> None:
         self.back_end = back_end
         self.memory = VhostMemory()
         self.transport = VhostUser(NAME, self.memory, answer_seconds=0.5, **options)  # type: ignore[arg-type]
         self.net = NetDevice(
-            self.transport, VhostDma(self.memory), required=(features.VERSION_1,), reset_deadline_s=0.05
+            self.transport,
+            VhostDma(self.memory),
+            required=(features.VERSION_1,),
+            most_pairs=most_pairs,
+            reset_deadline_s=0.05,
         )
 
     def attach(self) -> None:
@@ -66,7 +80,7 @@ def make() -> Iterator[Make]:
     before = open_files()
     benches: list[Bench] = []
 
-    def make_one(back_end: FakeBackEnd | None = None, **options: object) -> Bench:
+    def make_one(back_end: FakeBackEnd | None = None, **options: Any) -> Bench:
         benches.append(Bench(back_end or FakeBackEnd(), **options))
         return benches[-1]
 
@@ -257,6 +271,57 @@ def test_refused_memory_is_not_mapped(make: Make) -> None:
         with pytest.raises(Refused, match=f"{NAME}: the back-end refused SET_MEM_TABLE"):
             bench.memory.map(memory)
     assert bench.memory.regions == ()
+
+
+# ---- Several queue pairs
+
+
+@pytest.mark.parametrize(("most", "used"), [(1, 1), (2, 2), (3, 3), (8, 4)])
+def test_as_many_pairs_as_both_have(make: Make, most: int, used: int) -> None:
+    bench = make(FakeBackEnd(pairs=4), most_pairs=most)
+    bench.start()
+    assert len(bench.net.pairs) == used
+    rings = bench.back_end.vrings
+    assert sorted(rings) == list(range(2 * used)), "the others are left alone"
+    assert all(ring.enabled for ring in rings.values())
+    assert len({ring.kick for ring in rings.values()}) == len({ring.call for ring in rings.values()}) == 2 * used
+    assert bool(bench.back_end.features & spec.F_MQ) == (most > 1)
+    assert not bench.back_end.features & spec.F_CTRL_VQ, "the control queue is the front-end's"
+    bench.net.reset()
+    assert not rings
+
+
+def test_fewer_pairs_for_a_while(make: Make) -> None:
+    """The one command that there is."""
+    bench = make(FakeBackEnd(pairs=4), most_pairs=3)
+    bench.start()
+    rings = bench.back_end.vrings
+    for pairs in (1, 3, 2, 2):
+        bench.net.command(commands.queue_pairs(pairs))
+        assert [rings[index].enabled for index in range(6)] == [index < 2 * pairs for index in range(6)]
+    for pairs in (0, 4, 0xFFFF):
+        with pytest.raises(ControlRefused, match=f"the device refuses {pairs} queue pairs"):
+            bench.net.command(commands.queue_pairs(pairs))
+    with pytest.raises(NotOffered, match="CTRL_RX"):
+        bench.net.command(commands.receive_mode("promiscuous", True))
+
+
+def test_pairs_need_the_protocols_own_feature(make: Make) -> None:
+    bench = make(FakeBackEnd(pairs=4, protocol=spec.PROTOCOL & ~spec.P_MQ), most_pairs=4)
+    bench.start()
+    assert len(bench.net.pairs) == 1
+    assert not bench.back_end.features & spec.F_MQ
+
+
+def test_what_needs_a_command_is_never_taken(make: Make) -> None:
+    needy = [item for item in features.FEATURES if ("CTRL_VQ",) in item.requires and item.name != "MQ"]
+    config = MAC + struct.pack("<HHHIBBHI", 1, 4, 1500, 0xFFFFFFFF, 0xFF, 40, 128, 0x3F)
+    offered = spec.OFFERED | spec.F_MAC | features.mask_of(needy)
+    back_end = FakeBackEnd(offered=offered, protocol=spec.PROTOCOL | spec.P_CONFIG, config=config, pairs=4)
+    bench = make(back_end, most_pairs=2)
+    bench.start()
+    assert len(bench.net.pairs) == 2
+    assert not bench.back_end.features & features.mask_of(needy)
 
 
 # ---- Lies

@@ -259,6 +259,11 @@ class FakeTransport:
         self._maybe_fail("reset_queue")
         self.model.reset_queue(index)
 
+    answers_commands = False
+
+    def answer(self, command: bytes) -> int:
+        raise AssertionError(f"{command!r}: there is a control queue")
+
     def notify(self, index: int, data: int | None = None) -> None:
         self.model.notify(index, data)
 

@@ -3,7 +3,8 @@
 Much of what a PCI device has, a vhost-user back-end has not: it moves frames, and the front-end plays the device
 around it. So the status is kept here (and told to a back-end that wants to know), the MAC address and the MTU are what
 the user says unless the back-end has a configuration of its own, and the link is up for as long as there is a back-end.
-There is no control queue: that one, too, would be the front-end's to serve.
+A control queue, too, would be the front-end's to serve; so there is none, and the one command that means something to a
+back-end, how many queue pairs are in use (MQ), is answered here.
 
 Rings are handed over when DRIVER_OK is set, memory whenever it changes; both only while the rings stand still.
 """
@@ -12,10 +13,11 @@ from __future__ import annotations
 
 import os
 import socket
+import struct
 from collections.abc import Callable, Sequence
 
 import vfio
-from netbridge.virtio import features
+from netbridge.virtio import control, features
 from netbridge.virtio.errors import Gone, Misbehaved, ResetTimeout, VectorRefused, WrongState
 from netbridge.virtio.transport import RESET_DEADLINE_S, STATUS_OF_NOTHING, QueueSetup, Status, await_reset
 from netbridge.virtio.vhost_user import messages
@@ -32,13 +34,15 @@ def _mask(*names: str) -> int:
     return sum(features.feature(name).mask for name in names)
 
 
-# Never taken from a back-end: it would have addresses translated (ACCESS_PLATFORM), or wants a queue, a notification or
-# a register that there is not.
+# Never taken from a back-end: it would have addresses translated (ACCESS_PLATFORM), or wants a command, a queue, a
+# notification or a register that there is not.
 _NEVER = (
     messages.PROTOCOL_FEATURES
     | messages.LOG_ALL
     | _mask("ACCESS_PLATFORM", "CTRL_VQ", "NOTIFICATION_DATA", "NOTIF_CONFIG_DATA", "RING_RESET", "ADMIN_VQ", "SR_IOV")
+    | features.mask_of(item for item in features.FEATURES if ("CTRL_VQ",) in item.requires)
 )
+_SET_PAIRS = struct.Struct("<BBH")  # class, command, and how many (virtio 1.3 §5.1.6.5.5)
 # They say what the device's configuration holds, so they are worth what the configuration is worth.
 _CONFIGURATION = _mask("MAC", "STATUS", "MTU", "SPEED_DUPLEX", "RSS", "HASH_REPORT", "STANDBY")
 # struct virtio_net_config (virtio 1.3 §5.1.4), as far as mtu.
@@ -86,6 +90,7 @@ class VhostUser:
         self._broken = False  # the back-end reported an error on a ring
         self._queues: dict[int, QueueSetup] = {}
         self._started: list[int] = []
+        self._enabled: set[int] = set()
 
     # ---- The back-end comes and goes
 
@@ -149,6 +154,7 @@ class VhostUser:
         if connection is not None:
             connection.close()
             self._started = []
+            self._enabled = set()
             self.on_hang_up()
 
     def _back_end(self) -> Connection:
@@ -257,6 +263,8 @@ class VhostUser:
     def read_device_features(self) -> int:
         self._back_end()
         offered = self._offered & ~_NEVER
+        if self._offered & features.MQ.mask and self._pairs > 1:
+            offered |= features.MQ.mask | features.CTRL_VQ.mask
         if Protocol.CONFIG not in self._protocol:
             offered &= ~_CONFIGURATION
             if self._mac is not None:
@@ -269,8 +277,9 @@ class VhostUser:
         self._agreed = accepted
 
     def _agreed_with_back_end(self) -> int:
-        """Without what only this front-end offers. Bit 30 makes rings begin disabled, and is no virtio feature."""
-        return self._agreed & self._offered | self._offered & messages.PROTOCOL_FEATURES
+        """Without what is only this front-end's. Bit 30 makes rings begin disabled, and is no virtio feature."""
+        agreed = self._agreed & self._offered & ~features.CTRL_VQ.mask
+        return agreed | self._offered & messages.PROTOCOL_FEATURES
 
     def read_config(self, offset: int, width: int) -> int:
         if Protocol.CONFIG in self._protocol:
@@ -336,7 +345,27 @@ class VhostUser:
             self._tell(Request.SET_VRING_KICK, messages.vring_file(index), [self.notify_fd(index)])
         if self._offered & messages.PROTOCOL_FEATURES:
             for index in self._started:
-                self._tell(Request.SET_VRING_ENABLE, messages.vring_state(index, 1))
+                self._enable_ring(index, True)
+
+    def _enable_ring(self, index: int, on: bool) -> None:
+        if on != (index in self._enabled):
+            self._tell(Request.SET_VRING_ENABLE, messages.vring_state(index, on))
+            (self._enabled.add if on else self._enabled.discard)(index)
+
+    @property
+    def answers_commands(self) -> bool:
+        return True
+
+    def answer(self, command: bytes) -> int:
+        """Knows one: how many queue pairs are to be used. Raises Gone, Misbehaved, Refused."""
+        if len(command) != _SET_PAIRS.size:
+            return control.ERR
+        *kind, pairs = _SET_PAIRS.unpack(command)
+        if kind != [4, 0] or not 1 <= pairs <= len(self._started) // 2:
+            return control.ERR
+        for index in self._started:
+            self._enable_ring(index, index < 2 * pairs)
+        return control.OK
 
     def reset_queue(self, index: int, deadline_s: float = RESET_DEADLINE_S) -> None:  # noqa: ARG002 - the protocol's
         raise Misbehaved(f"{self.name}: queue {index} cannot be reset alone: RING_RESET is never agreed")

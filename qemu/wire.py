@@ -35,6 +35,8 @@ LONGEST = 65_000
 """Bytes of the longest frame that passes QEMU's dgram backend."""
 QUEUE = 1 << 19
 """Frames that wait for a reader before the oldest are dropped (and counted in `overflowed`)."""
+ROOM = 106_496
+"""Half of the bytes, bookkeeping included, that a socket holds of what was sent: Linux's default, on whatever host."""
 SEND_SECONDS = 5.0
 
 
@@ -74,6 +76,7 @@ class Wire(SuperSocket):  # type: ignore[misc]
         self._clock_offset = time.time_ns() - time.monotonic_ns()
         self._frames: collections.deque[Frame] = collections.deque()
         self._arrived = threading.Condition()
+        self._hearing = threading.Lock()
         self._readable = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._stop = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._reader = threading.Thread(target=self._read, name=f"wire {name}", daemon=True)
@@ -82,7 +85,10 @@ class Wire(SuperSocket):  # type: ignore[misc]
 
     def _open(self) -> tuple[socket.socket, socket.socket | None]:
         """Our end, and the one that QEMU is to have."""
-        return socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+        ends = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+        for end in ends:
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, ROOM)
+        return ends
 
     # What the command line of QEMU is made of
 
@@ -121,11 +127,12 @@ class Wire(SuperSocket):  # type: ignore[misc]
                 return
             batch: list[Frame] = []
             try:
-                # In batches, not for ever: who waits for a frame is told after at most so many.
-                while len(batch) < 64:
-                    data = receive()
-                    if data is not None:
-                        batch.append(Frame(data, time.monotonic_ns()))
+                with self._hearing:
+                    # In batches, not for ever: who waits for a frame is told after at most so many.
+                    while len(batch) < 64:
+                        data = receive()
+                        if data is not None:
+                            batch.append(Frame(data, time.monotonic_ns()))
             except BlockingIOError:
                 pass
             except OSError:
@@ -173,8 +180,9 @@ class Wire(SuperSocket):  # type: ignore[misc]
 
     @contextlib.contextmanager
     def deaf(self) -> Iterator[None]:
-        """Nothing is taken off the wire meanwhile: QEMU holds back what the guest sends. Sending goes on."""
-        with self._arrived:
+        """Nothing is taken off the wire meanwhile: once its socket is full, of 90 frames of 1514 bytes or of nearly 300
+        short ones, QEMU holds back what the guest sends. Sending goes on."""
+        with self._hearing:
             yield
 
     def drain(self) -> list[bytes]:

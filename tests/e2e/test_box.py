@@ -24,7 +24,7 @@ def test_guest_tests_and_end_to_end_tests_run_on_the_box(desk: Desk, artefacts: 
     echo = "tests/e2e/test_echo.py"
     wanted = {
         f"{echo}::test_every_frame_comes_back_once_and_unchanged[raw]": "passed",
-        f"{echo}::test_the_device_agrees_with_the_driver": "skipped",  # it asks QEMU
+        f"{echo}::test_driver_device_and_wire_have_one_account": "skipped",  # it asks QEMU
         f"{echo}::test_the_nic_goes_back_to_its_driver_and_works_again": "passed",
         "tests/guest/test_virtio_bringup.py::test_the_interrupts_arrive[msix]": "passed",
     }
@@ -33,7 +33,7 @@ def test_guest_tests_and_end_to_end_tests_run_on_the_box(desk: Desk, artefacts: 
     assert done.returncode == 0, done.stdout
     assert outcomes(junit) == {name.partition("::")[2]: outcome for name, outcome in wanted.items()}
     assert f"tests run on {BOX}, not in guests" in done.stdout
-    assert f"needs a guest of QEMU's: the box {BOX} has no machine" in done.stdout
+    assert f"needs a guest of QEMU's: the box {BOX} has no qmp" in done.stdout
     # Nothing is left there, and the NIC is where it was.
     assert not desk.guest.run(["sh", "-c", "ls -d /var/tmp/harness-*"], check=False).stdout
     assert desk.guest.eval(DRIVER_OF.format(desk.nics[1])) == "virtio-pci"

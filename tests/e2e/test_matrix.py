@@ -15,6 +15,7 @@ from qemu.command import Nic
 from qemu.guest import Guest
 from qemu.session import Session
 from tests.e2e import testbed
+from tests.e2e.account import counters
 from tests.e2e.traffic import BURST, Generator, reflected
 
 REPLY_SECONDS = 10.0
@@ -99,7 +100,7 @@ def wait_for_a_jam(bed: testbed.Testbed, received: int) -> None:
     path = f"/machine/peripheral/{bed.guest.machine.nics[0].id}/virtio-backend"
     deadline = time.monotonic() + JAM_SECONDS
     while (
-        bed.counters()["packets_rx"] < received
+        counters(bed.guest)["packets_rx"] < received
         or bed.guest.qmp("x-query-virtio-queue-status", path=path, queue=1)["inuse"] == 0
     ):
         assert time.monotonic() < deadline, f"{received} frames did not jam the wire within {JAM_SECONDS:g} s"

@@ -114,7 +114,7 @@ def test_a_device_that_does_not_send_is_reset(guest: Guest, wire: Wire, cause: s
     with asking(guest, wire, options=["--stall-ms", "300"]) as bed:
         session = bed.ask(facts=True)["session"]
         with wire.deaf():
-            # More than the wire and its reader hold: of short frames the socket's buffer alone takes nearly 300.
+            # More than the wire holds, which of short frames takes nearly 300.
             for _ in range(300):
                 wire.send(bed.frame(bed.mac) + bytes(1400), timeout=testbed.START_SECONDS)
             bed.driver.wait_for_line(rf" recovered .*\bcause={cause}\b", testbed.START_SECONDS)

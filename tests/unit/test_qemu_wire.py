@@ -128,6 +128,20 @@ def test_the_guest_never_waits_for_a_test_that_is_busy(wire: Wire, guest: socket
     assert [frame.data for frame in wire.take()] == sent
 
 
+def test_a_deaf_wire_takes_nothing(wire: Wire, guest: socket.socket) -> None:
+    guest.setblocking(False)
+    sent = 0
+    with wire.deaf(), pytest.raises(BlockingIOError):
+        while sent < 1000:
+            guest.send(b"\1" * 1514)
+            sent += 1
+    assert 50 < sent < 100
+    deadline = time.monotonic() + 10
+    while wire.received < sent:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def test_qemu_gone_is_told(wire: Wire) -> None:
     wire.attached()
     with pytest.raises(WireClosed, match="QEMU is not at the other end"):

@@ -38,6 +38,7 @@ from qemu.settings import read_toml
 AGENT = Path(__file__).parents[1] / "images" / "agent.py"
 GREET_SECONDS = 30.0
 POWER_SECONDS = 60.0
+LEAVE_SECONDS = 10.0
 RETRY_SECONDS = 2.0
 SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "{host}")
 ACTIONS = ("on", "off", "cycle")
@@ -182,6 +183,8 @@ class Box(Inside):
 
     def _hang_up(self) -> None:
         self.agent.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._link.wait(LEAVE_SECONDS)  # the other end tidies up, and then ends it
         _end(self._link)
 
     @property

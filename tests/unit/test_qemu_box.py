@@ -1,5 +1,6 @@
 """A box, played by a shell of this machine: what goes over ssh elsewhere goes over `sh -c` here."""
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -40,9 +41,11 @@ def test_a_box_does_what_a_guest_does(tmp_path: Path) -> None:
         with box.start(["sh", "-c", "echo ready; sleep 100"]) as process:
             process.wait_for_line("ready", 10)
         assert box.kernel_trouble() == []
-        link = box._link.pid
+        link, scratch = box._link.pid, Path(box.scratch)
+        assert scratch.is_dir()
     assert "Linux version" in (tmp_path / "out" / "dmesg.log").read_text()
     assert not Path(f"/proc/{link}").exists()
+    assert not scratch.exists()
 
 
 @pytest.mark.thorough
@@ -98,12 +101,14 @@ def test_what_was_measured_before_a_crash_is_kept(tmp_path: Path) -> None:
 def test_a_box_that_goes_is_told(tmp_path: Path) -> None:
     with Box(described(tmp_path), tmp_path / "out") as box:
         sleeping = box.start(["sleep", "100"])
+        scratch = box.scratch
         box._link.kill()
         with pytest.raises(GuestLost, match="the connection to box has ended"):
             sleeping.wait(20)
         assert "does not answer any more" in str(box.lost)
         box.reconnect(20)
         assert box.run(["echo", "again"]).stdout == "again\n"
+        shutil.rmtree(scratch)  # its keeper was killed
 
 
 def test_a_box_that_is_not_there_is_told(tmp_path: Path) -> None:

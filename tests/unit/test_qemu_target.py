@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shutil
+import socket
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +18,7 @@ from scapy.layers.l2 import Dot1Q, Ether
 from scapy.utils import PcapNgReader
 
 from qemu import examine, interface
+from qemu.box import Box
 from qemu.dimensions import Dimensions
 from qemu.errors import HarnessError
 from qemu.interface import Interface, InterfaceWire
@@ -320,3 +323,52 @@ def test_a_wire_that_cannot_be_is_told_before_anybody_is_called(tmp_path: Path) 
     assert made is not None
     with pytest.raises(HarnessError, match="--wire no-such-wire: there is no interface no-such-wire on this machine"):
         made.connect(lambda _: None)
+
+
+def test_a_wire_without_permission_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(interface, "interfaces", lambda: {"eth1": Interface("eth1", True, (), None, 1500)})
+    monkeypatch.setattr(socket, "socket", refuse)
+    with pytest.raises(HarnessError, match="eth1 cannot be the wire: that takes root, or CAP_NET_RAW"):
+        InterfaceWire("eth1", MAC)
+
+
+@pytest.mark.thorough
+def test_a_box_that_was_lost_is_switched_off_and_on_and_looked_at_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The box is a shell of this machine, as in test_qemu_box.py."""
+    path = tmp_path / "bench.toml"
+    path.write_text(
+        f'host = "here"\nnic = "{NIC}"\nconnect = ["sh", "-c"]\npython = "{sys.executable}"\n'
+        f'power = ["sh", "-c", "echo {{action}} >>{tmp_path}/power"]\n'
+    )
+    looked: list[str] = []
+    filled: list[str] = []
+
+    def look(box: Box) -> dict[str, Any]:
+        looked.append(box.scratch)
+        return facts()
+
+    monkeypatch.setattr(Box, "dmesg", lambda _: "[    0.000000] Linux version")
+    monkeypatch.setattr(examine, "look", look)
+    target = chosen(tmp_path, target=str(path))
+    assert target is not None
+    try:
+        box = target.connect(lambda box: filled.append(box.scratch))
+        assert target.connect(lambda _: pytest.fail("it is there already")) is box
+        box._link.kill()
+        box._link.wait()
+        with pytest.raises(HarnessError):
+            box.run(["true"])
+        assert target.connect(lambda box: filled.append(box.scratch)) is box
+        assert box.run(["echo", "again"]).stdout == "again\n"
+    finally:
+        target.close()
+    assert (tmp_path / "power").read_text() == "cycle\n"
+    assert len(set(filled)) == 2
+    assert looked == filled
+    assert not Path(filled[1]).exists()
+    shutil.rmtree(filled[0])  # its keeper was killed

@@ -6,6 +6,7 @@ when that client goes, counted, unmapped and thrown away. What begins it and end
 
 from __future__ import annotations
 
+import mmap
 import os
 from contextlib import ExitStack
 
@@ -14,7 +15,7 @@ from netbridge.datapath._core import ffi, lib
 from netbridge.errors import DeviceError, NetbridgeError
 from netbridge.ipc.geometry import DEFAULT_HEADROOM, STRIDE_ALIGNMENT
 from netbridge.ipc.offloads import TX_SEGMENTATION
-from netbridge.ipc.regions import discard
+from netbridge.ipc.regions import discard, new_memfd
 from netbridge.ipc.session import PortSession
 from netbridge.virtio import features
 from netbridge.virtio.net import NetDevice, VirtQueue
@@ -47,7 +48,8 @@ def largest_to_send(mtu: int, offloads: int) -> int:
 
 
 def _memory(buffers: int, name: str) -> vfio.Memory:
-    return vfio.Memory.memfd(buffers * BUFFER_STRIDE, name=name, seal=False)
+    size = -(-buffers * BUFFER_STRIDE // mmap.PAGESIZE) * mmap.PAGESIZE
+    return vfio.Memory.from_fd(new_memfd(name, size), name=name)
 
 
 class Settings:

@@ -24,11 +24,22 @@ SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 SEAL_FUTURE_WRITE = 0x10
 
 
-def sealed_memfd(name: str, size: int) -> int:
-    """A new memfd of `size` zero bytes that can neither grow nor shrink. The caller owns the fd. Raises OSError."""
+def new_memfd(name: str, size: int) -> int:
+    """A new memfd of `size` zero bytes, not sealed yet. The caller owns the fd. Raises OSError."""
     fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
-        os.ftruncate(fd, size)
+        # And no ftruncate: a driver in its sandbox has none, so that it cannot cut short what others have mapped.
+        os.posix_fallocate(fd, 0, size)
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
+
+
+def sealed_memfd(name: str, size: int) -> int:
+    """The same, which can neither grow nor shrink. Raises OSError."""
+    fd = new_memfd(name, size)
+    try:
         seal(fd)
     except OSError:
         os.close(fd)

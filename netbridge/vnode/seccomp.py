@@ -93,7 +93,7 @@ def calls(interface: str, *, files: bool = False) -> tuple[Call, ...]:
         # The port, with sockets that are there: there is no `socket`, no `connect`, no `bind`.
         "accept4", "recvmsg", "recvfrom", "sendmsg", "sendto", "getsockopt", "getsockname",
         # Configuration space; regions, doorbells and deadlines.
-        "pread64", "pwrite64", "close", "dup", "fstat", "lseek", "memfd_create", "ftruncate", "eventfd2",
+        "pread64", "pwrite64", "close", "dup", "fstat", "lseek", "memfd_create", "eventfd2",
         "timerfd_create", "timerfd_settime",
         # What Python and libc do of their own accord.
         "munmap", "mremap", "madvise", "brk", "futex", "rt_sigaction", "rt_sigprocmask", "rt_sigreturn", "sigaltstack",
@@ -106,6 +106,8 @@ def calls(interface: str, *, files: bool = False) -> tuple[Call, ...]:
         Call("fcntl", 1, values=_FCNTL_CALLS),
         # Its own limits, and not those of a process that stands by.
         Call("prlimit64", 0, values=(0,)),
+        # To size a memfd. There is no ftruncate, which could cut short the counters page, that the monitor has mapped.
+        Call("fallocate", 1, values=(0,)),
         Call("mmap", 2, never=mmap.PROT_EXEC),
         Call("mprotect", 2, never=mmap.PROT_EXEC),
         *(Call(name) for name in FILE_CALLS if files),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import signal
 import time
 from collections.abc import Callable
@@ -81,6 +82,25 @@ class Soak:
             self.guest.qmp("set_link", name=nic, up=up)
             testbed.wait_for_line(self.bed.driver, rf" link .*\bup={up}\b")
 
+    def standby_dies(self) -> None:
+        """If there is one yet: it is started a while after the driver."""
+        found = re.findall(r" standby driver=(\d+)", self.bed.driver.stderr)
+        if found and int(found[-1]) != self.bed.driver_pid:
+            self.guest.run(["kill", "-KILL", found[-1]], check=False)
+
+    def client_keeps(self) -> None:
+        testbed.end(self.bed.echo)
+        assert self.hostile("keep", 8) == "done: 8 sessions"
+        self.bed.echo = testbed.start_echo(self.guest, self.bed.echo_log)
+        testbed.wait_for_line(self.bed.driver, r" serving .*\bclient=netbridge-echo\b")
+
+    def crowd_comes(self) -> None:
+        assert self.hostile("crowd", 200) == "done: BUSY 200"
+
+    def hostile(self, what: str, count: int) -> str:
+        command = ["python3", "-m", "tests.e2e.hostile", what, str(count)]
+        return self.guest.run(command, user=testbed.SERVICE_USER, timeout=240.0).stdout.strip()
+
     def exact(self) -> None:
         """What was on its way comes first; then every frame comes back once."""
         self.bed.settle(self.wire)
@@ -101,7 +121,10 @@ def test_soak(guest: Guest, wire: Wire, record_property: Callable[[str, object],
     with testbed.running(guest) as bed:
         soak = Soak(guest, wire, bed, choose)
         try:
-            troubles = (soak.service_ends, soak.driver_dies, soak.monitor_dies, soak.client_lies, soak.link_flaps)
+            troubles = (
+                *(soak.service_ends, soak.driver_dies, soak.standby_dies, soak.monitor_dies, soak.link_flaps),
+                *(soak.client_lies, soak.client_keeps, soak.crowd_comes),
+            )
             end = time.monotonic() + SECONDS
             while time.monotonic() < end:
                 trouble = choose.choice(troubles)

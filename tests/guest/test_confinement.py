@@ -268,6 +268,8 @@ def test_ways_around() -> None:
         "a file without a name": call("openat", -100, b"/var/tmp", os.O_TMPFILE | os.O_RDWR, 0o600),
         "its own memory as a file": call("openat", -100, file, os.O_RDWR, 0),
         "a file by its handle": call("open_by_handle_at", -100, bytes(16), os.O_RDONLY),
+        "a shorter file": call("ftruncate", 1, 0),
+        "a hole in a file": call("fallocate", 1, 3, 0, 4096),
         "the end of the port": call("shutdown", 0, 2),
         "flags that others share": call("fcntl", 0, 4, os.O_NONBLOCK),
         "another filter": call("seccomp", 1, 0, None),

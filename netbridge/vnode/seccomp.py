@@ -93,7 +93,7 @@ def calls(interface: str, *, files: bool = False) -> tuple[Call, ...]:
         # The port, with sockets that are there: there is no `socket`, no `connect`, no `bind`.
         "accept4", "recvmsg", "recvfrom", "sendmsg", "sendto", "getsockopt", "getsockname",
         # Configuration space; regions, doorbells and deadlines.
-        "pread64", "pwrite64", "close", "dup", "fstat", "lseek", "memfd_create", "eventfd2",
+        "pread64", "pwrite64", "close", "dup", "fstat", "fstatfs", "lseek", "memfd_create", "eventfd2",
         "timerfd_create", "timerfd_settime",
         # What Python and libc do of their own accord.
         "munmap", "mremap", "madvise", "brk", "futex", "rt_sigaction", "rt_sigprocmask", "rt_sigreturn", "sigaltstack",

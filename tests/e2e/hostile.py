@@ -2,7 +2,10 @@
 
 keep     takes the port COUNT times, and keeps every file and mapping that it was sent
 crowd    knocks COUNT times, some of the connections at a time; says which reasons it heard
-wreck    takes the port and does to its memory, its doorbells and its socket whatever they let it do
+wreck    takes the port and does to its memory, its doorbells and its socket whatever they let it do, for COUNT seconds
+linger   a child takes the port, holds COUNT frames and COUNT buffers to send, and is killed; its parent keeps the
+         memory, and says for each line of its input what is in it: a digest, and whether MARK is
+stall    takes the port and reads nothing until there is a line of input, then all that is there
 """
 
 from __future__ import annotations
@@ -10,10 +13,12 @@ from __future__ import annotations
 import collections
 import ctypes
 import fcntl
+import hashlib
 import mmap
 import os
 import random
 import select
+import signal
 import socket
 import sys
 import time
@@ -23,6 +28,7 @@ from netbridge.ipc.messages import DEFAULT_SOCKET, Bye, Facts, Hello, Link, pars
 
 PATIENCE_SECONDS = 30.0
 AT_A_TIME = 40
+MARK = b"a frame that only the next client may see"
 FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE = 1, 2
 
 
@@ -105,6 +111,42 @@ def wreck(seconds: int) -> str:
     return f"{sessions} sessions"
 
 
+def linger(count: int) -> str:
+    ours, theirs = socket.socketpair()
+    child = os.fork()
+    if not child:
+        port = connect(wait=PATIENCE_SECONDS, name="lingerer")
+        held: list[object] = []
+        while len(held) < count:
+            frames = port.receive(most=count - len(held), timeout=PATIENCE_SECONDS)
+            assert frames, f"{len(held)} of {count} frames came"
+            held += frames
+        spare = port.allocate(most=count, timeout=PATIENCE_SECONDS)
+        assert len(spare) == count
+        socket.send_fds(theirs, [b"x"], port._fds[:3])
+        os.kill(os.getpid(), signal.SIGKILL)
+    theirs.close()
+    _, fds, _, _ = socket.recv_fds(ours, 1, 3)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    maps = [mmap.mmap(fd, os.fstat(fd).st_size) for fd in fds]
+    print("killed", flush=True)
+    for _ in sys.stdin:
+        whole = b"".join(bytes(memory) for memory in maps)
+        print(f"kept {hashlib.sha256(whole).hexdigest()} {MARK in whole}", flush=True)
+    return "no more lines"
+
+
+def stall(_count: int) -> str:
+    with connect(wait=PATIENCE_SECONDS, name="staller") as port:
+        print(f"may hold {port.rx_limit}", flush=True)
+        sys.stdin.readline()
+        taken = 0
+        while frames := port.receive(timeout=0):
+            taken += len(frames)
+            port.release(frames)
+    return f"{taken} frames"
+
+
 def ring(doorbell: int, count: int = 1) -> None:
     try:
         os.eventfd_write(doorbell, count)
@@ -114,4 +156,4 @@ def ring(doorbell: int, count: int = 1) -> None:
 
 if __name__ == "__main__":
     what, number = sys.argv[1], int(sys.argv[2])
-    print("done:", {"keep": keep, "crowd": crowd, "wreck": wreck}[what](number))
+    print("done:", {"keep": keep, "crowd": crowd, "wreck": wreck, "linger": linger, "stall": stall}[what](number))

@@ -10,11 +10,13 @@ from collections.abc import Callable
 
 import pytest
 
+from qemu.agent import GuestProcess
 from qemu.guest import Guest
 from qemu.wire import Wire
 from tests.e2e import testbed
+from tests.e2e.hostile import MARK
 from tests.e2e.testbed import Testbed
-from tests.e2e.traffic import Generator, reflected
+from tests.e2e.traffic import SHORTEST, Generator, reflected
 
 pytestmark = pytest.mark.thorough
 
@@ -144,6 +146,75 @@ def test_a_process_that_stands_by_has_no_device_and_is_confined(guest: Guest, wi
         guest.run(testbed.netbridge("restore"))
         testbed.end(bed.echo)
     assert testbed.nics(guest)[0] == (bed.pci, "virtio-pci")
+
+
+def hostile(guest: Guest, what: str, count: int) -> GuestProcess:
+    command = ["python3", "-m", "tests.e2e.hostile", what, str(count)]
+    return guest.start(command, user=testbed.SERVICE_USER, stdin=True)
+
+
+def test_what_a_killed_service_kept_shows_no_later_frame(guest: Guest, wire: Wire) -> None:
+    """Killed with frames and buffers in its hands, and its memory is still mapped by another process."""
+    with testbed.running(guest) as bed:
+        testbed.end(bed.echo)
+        with hostile(guest, "linger", 50) as keeper:
+            testbed.wait_for_line(bed.driver, r" serving .*client=lingerer")
+            for frame in Generator(bed.mac).udp(50):
+                wire.send(frame, timeout=testbed.START_SECONDS)
+            testbed.wait_for_line(keeper, "killed")
+            ended = testbed.wait_for_line(bed.driver, r"( session_ended .*)")[1]
+            owned = {name: int(count) for name, count in re.findall(r"(\w+_\w+)=(\d+)\b", ended)}
+            assert owned["rx_client"] == 50
+            assert owned["rx_driver"] + owned["rx_device"] == 1024 - 50
+            assert (owned["tx_driver"], owned["tx_device"], owned["tx_client"]) == (0, 0, 512)
+            keeper.write(b"look\n")
+            first = testbed.wait_for_line(keeper, r"kept (\w+) False")[1]
+
+            bed.echo = testbed.start_echo(guest, bed.echo_log)
+            testbed.wait_for_line(bed.driver, r" serving .*client=netbridge-echo")
+            testbed.settle(wire, bed.mac)
+            before = bed.counters()
+            frames = tuple(frame[:SHORTEST] + MARK for frame in Generator(bed.mac).udp(256))
+            wire.exchange(frames, reply=reflected, window=32, timeout=30.0).check()
+            after = bed.counters()
+            for name in ("packets_rx", "packets_tx"):
+                assert after[name] - before[name] == 256, name
+            keeper.write(b"look\n")
+            assert testbed.wait_for_line(keeper, r"kept (\w+) False")[1] == first, "not a byte of it has changed"
+            keeper.close_stdin()
+            assert keeper.wait(testbed.STOP_SECONDS) == 0
+        bed.stop()
+    assert not guest.iommu_faults()
+
+
+def test_a_client_that_stops_reading_costs_drops_under_its_name(guest: Guest, wire: Wire) -> None:
+    """And nothing else: the device goes on receiving, and every frame is either delivered or counted."""
+    count = 2000
+    with testbed.running(guest) as bed:
+        testbed.end(bed.echo)
+        before = bed.counters()
+        with hostile(guest, "stall", 0) as staller:
+            limit = int(testbed.wait_for_line(staller, r"may hold (\d+)")[1])
+            testbed.wait_for_line(bed.driver, r" serving .*client=staller")
+            for frame in Generator(bed.mac).udp(count):
+                wire.send(frame, timeout=testbed.START_SECONDS)
+            deadline = time.monotonic() + testbed.START_SECONDS
+            while True:
+                after = bed.counters()
+                delivered = after["packets_rx"] - before["packets_rx"]
+                dropped = after["drops"]["client_slow"] - before["drops"]["client_slow"]
+                if delivered + dropped >= count:
+                    break
+                assert time.monotonic() < deadline, f"{delivered} delivered, {dropped} dropped of {count} frames"
+            assert (delivered, dropped) == (limit, count - limit)
+            assert after["clients"]["staller"]["client_slow"] == dropped
+            staller.write(b"\n")
+            testbed.wait_for_line(staller, rf"done: {limit} frames")
+            assert staller.wait(testbed.STOP_SECONDS) == 0
+        bed.echo = testbed.start_echo(guest, bed.echo_log)
+        testbed.wait_for_line(bed.driver, r" serving .*client=netbridge-echo")
+        echoed(wire, bed)
+        bed.stop()
 
 
 def test_between_two_drivers_the_nic_is_quiet(guest: Guest, wire: Wire) -> None:

@@ -18,7 +18,7 @@ class Metric:
 
 # The counters that the core keeps (struct nb_counters), in their order.
 METRICS: tuple[Metric, ...] = (
-    Metric("packets_rx", "counter", "frames", "frames received from the device and handed to the service"),
+    Metric("packets_rx", "counter", "frames", "frames received from the device, also those dropped later"),
     Metric("packets_tx", "counter", "frames", "frames taken from the service that the device has sent"),
     Metric("bytes_rx", "counter", "bytes", "bytes of the received frames, without the virtio header"),
     Metric("bytes_tx", "counter", "bytes", "bytes of the sent frames, without the virtio header"),

@@ -51,7 +51,9 @@ class Soak:
         self.exchanged = 0
 
     def service_ends(self) -> None:
-        self.bed.restart_echo(self.choose.choice([signal.SIGTERM, signal.SIGKILL]))
+        self.bed.echo.kill(self.choose.choice([signal.SIGTERM, signal.SIGKILL]))
+        self.bed.echo.wait(testbed.STOP_SECONDS)
+        self.echo_again()
 
     def driver_dies(self) -> None:
         self.guest.run(["kill", "-KILL", str(self.bed.driver_pid)])
@@ -73,8 +75,7 @@ class Soak:
         done = self.guest.run(["python3", "-c", LIAR % lie], user=testbed.SERVICE_USER, timeout=120.0)
         assert done.stdout == "RING_FAULT\n", f"{lie:#x}: {done}"
         testbed.wait_for_line(self.bed.driver, r" client_gone |client_refused ")
-        self.bed.echo = testbed.start_echo(self.guest, self.bed.echo_log)
-        testbed.wait_for_line(self.bed.driver, r" serving .*\bclient=netbridge-echo\b")
+        self.echo_again()
 
     def link_flaps(self) -> None:
         nic = self.guest.machine.nics[0].id
@@ -91,11 +92,14 @@ class Soak:
     def client_keeps(self) -> None:
         testbed.end(self.bed.echo)
         assert self.hostile("keep", 8) == "done: 8 sessions"
-        self.bed.echo = testbed.start_echo(self.guest, self.bed.echo_log)
-        testbed.wait_for_line(self.bed.driver, r" serving .*\bclient=netbridge-echo\b")
+        self.echo_again()
 
     def crowd_comes(self) -> None:
         assert self.hostile("crowd", 200) == "done: BUSY 200"
+
+    def echo_again(self) -> None:
+        self.bed.echo = testbed.start_echo(self.guest, self.bed.echo_log)
+        testbed.wait_for_line(self.bed.driver, r" serving .*\bclient=netbridge-echo\b")
 
     def hostile(self, what: str, count: int) -> str:
         command = ["python3", "-m", "tests.e2e.hostile", what, str(count)]

@@ -359,10 +359,10 @@ def test_a_box_that_was_lost_is_switched_off_and_on_and_looked_at_anew(
     try:
         box = target.connect(lambda box: filled.append(box.scratch))
         assert target.connect(lambda _: pytest.fail("it is there already")) is box
+        sleeping = box.start(["sleep", "100"])
         box._link.kill()
-        box._link.wait()
-        with pytest.raises(HarnessError):
-            box.run(["true"])
+        with pytest.raises(HarnessError):  # told when the end of the connection was seen here
+            sleeping.wait(60)
         assert target.connect(lambda box: filled.append(box.scratch)) is box
         assert box.run(["echo", "again"]).stdout == "again\n"
     finally:

@@ -19,7 +19,7 @@ from netbridge import metrics
 from netbridge.ipc.listener import PortListener
 from netbridge.log import Log
 from netbridge.virtio import features
-from netbridge.virtio.pci import require_virtio_net
+from netbridge.virtio.identity import require_virtio_net
 from netbridge.vnode.cgroup import Cgroup, NoCgroup
 from netbridge.vnode.grants import check_grants, locked_memory_limit, turned_off
 from netbridge.vnode.identity import driver_identity

@@ -17,8 +17,9 @@ from netbridge.virtio import commands, features
 from netbridge.virtio.commands import Command
 from netbridge.virtio.dma import VfioDma
 from netbridge.virtio.errors import ControlRefused, NotVirtioNet, WrongState
+from netbridge.virtio.identity import NETWORK_MODERN, VIRTIO_VENDOR, require_virtio_net
 from netbridge.virtio.net import InterruptMode, NetDevice
-from netbridge.virtio.pci import NETWORK_MODERN, VIRTIO_VENDOR, VirtioPci, require_virtio_net
+from netbridge.virtio.pci import VirtioPci
 from netbridge.virtio.states import State
 from netbridge.virtio.transport import Status
 

@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from netbridge.virtio.errors import Gone, Misbehaved, NotVirtioNet, ResetTimeout
-from netbridge.virtio.pci import Kind, VirtioPci, require_virtio_net
+from netbridge.virtio.identity import require_virtio_net
+from netbridge.virtio.pci import Kind, VirtioPci
 from netbridge.virtio.transport import NO_VECTOR, QueueSetup, Status
 from tests.unit.virtio_fakes import (
     BAR_BYTES,

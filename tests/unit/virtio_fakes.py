@@ -13,7 +13,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from netbridge.virtio import features, pci
+from netbridge.virtio import features, identity, pci
 from netbridge.virtio.features import SUPPORTED
 from netbridge.virtio.transport import NO_VECTOR, RESET_DEADLINE_S, QueueSetup, Status, await_reset
 from vfio import ConfigSpace, Memory, Unsupported
@@ -385,8 +385,8 @@ class FakePciFunction:
         model: NetModel,
         *,
         capabilities: Sequence[VendorCapability] | None = None,
-        vendor: int = pci.VIRTIO_VENDOR,
-        device: int = pci.NETWORK_MODERN,
+        vendor: int = identity.VIRTIO_VENDOR,
+        device: int = identity.NETWORK_MODERN,
         class_code: int = 0x020000,
         loop_to: int | None = None,  # the last capability leads there
         msix_vectors: int | None = None,

@@ -118,8 +118,10 @@ def test_what_was_agreed_is_shown_while_there_is_a_device(tmp_path: Path) -> Non
                 back_end.die()
                 with pytest.raises(PortClosed):
                     port.receive(timeout=DEADLINE_S)
-        # The session has ended, the device with it.
-        gone = subprocess.run(show, check=False, capture_output=True, text=True)
+        # The session has ended, and the device with it as soon as the buffers are counted.
+        deadline = time.monotonic() + DEADLINE_S
+        while (gone := subprocess.run(show, check=False, capture_output=True, text=True)).returncode == 0:
+            assert time.monotonic() < deadline, "a device that is gone is still shown"
         assert run.end()[0] == 0
     assert (told["mac"], told["queue_pairs"], told["link_up"]) == (mac, 1, True)
     # The MAC address is the front-end's part of the device, the protocol's own bit the back-end's.

@@ -34,6 +34,8 @@ STALL_MS = 5000  # what Linux gives a network device
 LEAST_RX_BUFFERS = 4
 ETHERNET_BYTES = 22  # its header and two VLAN tags
 LARGEST_PACKET = 65535  # that IP can say of itself
+# Asked while there is no sandbox yet.
+ONE_PROCESSOR = len(os.sched_getaffinity(0)) == 1
 
 
 def stride_for(smallest: int, header_bytes: int) -> int:
@@ -211,6 +213,7 @@ class Session:
         config.tx_largest_frame = geometry.tx_largest
         config.burst = BURST
         config.spin_ns = self._settings.spin_us * 1000
+        config.yields = ONE_PROCESSOR
         config.stall_ns = self._settings.stall_ms * 1_000_000
         config.intx_fd, config.intx_unmask_fd = interrupts.intx_fd, interrupts.intx_unmask_fd
         config.isr_status = ffi.cast("volatile uint8_t *", net.isr_address)

@@ -288,6 +288,7 @@ struct nb_pump_config {
     uint32_t tx_largest_frame; /* bytes of the longest frame that may be sent, without the virtio header */
     uint32_t burst;            /* chains of each queue, and entries of each ring, moved in a round */
     uint32_t spin_ns;          /* poll at most this long after the last work before sleeping */
+    uint32_t yields;           /* not 0: there is one processor, so whoever is waited for runs only when we do not */
     uint64_t stall_ns;         /* a device that has frames to send and completes none for so long is stuck; 0: never */
     int intx_fd;                  /* eventfd of INTx, or -1 */
     int intx_unmask_fd;           /* eventfd that VFIO unmasks INTx on, or -1 */

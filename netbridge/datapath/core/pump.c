@@ -11,6 +11,7 @@
 #include "pump.h"
 
 #include <errno.h>
+#include <sched.h>
 #include <stdlib.h>
 #include <unistd.h>
 
@@ -97,6 +98,7 @@ void nb_pump_run(struct nb_pump *pump, struct nb_pump_result *result)
     struct nb_histogram *drain = &pump->config.counters->irq_latency_ns[NB_LATENCY_DRAIN];
     uint64_t woken_at = 0;   /* 0: the drain since the last wake-up was accounted for */
     uint64_t idle_since = 0; /* 0: the last round moved something, or nobody wants to know */
+    bool has_yielded = false; /* since the last round that moved something */
     uint32_t rounds = 0;
     int verdict = 0;
     pump_stop_asking(pump);
@@ -111,6 +113,7 @@ void nb_pump_run(struct nb_pump *pump, struct nb_pump_result *result)
             if (idle_since)
                 polling_learn(&pump->polling, now_ns() - idle_since);
             idle_since = 0;
+            has_yielded = false;
             verdict = moved < 0 ? moved : 0;
             continue;
         }
@@ -123,9 +126,15 @@ void nb_pump_run(struct nb_pump *pump, struct nb_pump_result *result)
             if (!idle_since)
                 idle_since = now;
             if (now - idle_since < pump->polling.now_ns) {
-                cpu_relax();
+                pump->config.yields ? (void)sched_yield() : cpu_relax();
                 continue;
             }
+        }
+        /* What the client does with what it was just given is there when we are back: it need not wake us for that. */
+        if (pump->config.yields && !has_yielded) {
+            has_yielded = true;
+            sched_yield();
+            continue;
         }
         if (!pump_ask_for_wakeup(pump))
             continue;

@@ -59,6 +59,14 @@ TEST(echo_while_polling)
     echo_through((struct world_config){.spin_ns = 50000}, (struct traffic_config){.frames = 6000, .window = 60, .burst = 16});
 }
 
+/* As on a machine with one processor, where whoever waits lets the others run. */
+TEST(echo_while_yielding)
+{
+    echo_through((struct world_config){.yields = true}, (struct traffic_config){.frames = 6000, .window = 60, .burst = 16});
+    echo_through((struct world_config){.yields = true, .spin_ns = 50000},
+                 (struct traffic_config){.frames = 6000, .window = 60, .burst = 16});
+}
+
 /* The client has the driver's eventfd, not an epoll instance around it. */
 TEST(echo_with_a_bare_doorbell)
 {

@@ -362,6 +362,7 @@ static void open_pump(struct world *world)
         .rx_client_limit = config->client_limit,
         .burst = config->burst,
         .spin_ns = config->spin_ns,
+        .yields = config->yields,
         .stall_ns = config->stall_ns,
         .tx_max_pieces = config->tx_max_pieces,
         .tx_largest_frame = config->tx_largest_frame,

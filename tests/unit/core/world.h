@@ -33,6 +33,7 @@ struct world_config {
     uint32_t client_limit;    /* [rx_count] */
     uint32_t burst;           /* [64] */
     uint32_t spin_ns;         /* [0] */
+    bool yields;              /* [there is more than one processor] */
     uint64_t stall_ns;        /* [0: no device is ever stuck] */
     uint32_t ring_position;   /* where the ring counts begin [0] */
     uint16_t queue_index;     /* where the virtqueues' indices begin, modulo what they count to [0] */

@@ -67,13 +67,16 @@ class Contest:
     better: Better = "higher"
     goals: Mapping[str, float] = field(default_factory=dict)
     commands: Sequence[str] = ()
+    exact: bool = False
+    """The same figure however often it is taken: so it is taken once, ours first."""
 
     def run(self, rounds: int, on_round: Callable[[int, str, float], None] = lambda *_: None) -> list[Row]:
         """A warm-up of each that does not count, then `rounds` rounds; `on_round` is told (round, who, figure)."""
         if not self.peers:
             raise Unavailable("no peer can be had here, and a figure without one is not reported")
         contestants = {"": self.ours, **self.peers}
-        for work in contestants.values():
+        rounds = 1 if self.exact else rounds
+        for work in () if self.exact else contestants.values():
             work()
         figures: dict[str, list[float]] = {name: [] for name in contestants}
         states = [machine.cache_line_ns()]

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import select
-import threading
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
-
-import cffi
 
 import vfio
 from netbridge.datapath._core import ffi as core_ffi
@@ -21,30 +17,18 @@ from netbridge.virtio.transport import QueueSetup, Status
 from netbridge.virtio.vhost_user.memory import VhostDma, VhostMemory
 from netbridge.virtio.vhost_user.transport import VhostUser
 from tests.bench import native
+from tests.bench.load import BUFFERS, STRIDE, Load
 
 CORE = Path(__file__).parents[2] / "netbridge/datapath/core"
-QUEUE, BUFFERS, STRIDE = 256, 1024, 2048
+QUEUE = 256
 # What the core itself is compiled with.
 FLAGS = ("-fPIC", "-shared", "-fno-strict-aliasing", "-march=x86-64", f"-I{CORE}")
 CONNECT_SECONDS = 20.0
 _RING = {"IN_ORDER": core.NB_RING_IN_ORDER, "EVENT_IDX": core.NB_RING_EVENT_IDX, "INDIRECT_DESC": 0}
 
-_DECLARATIONS = """
-struct load { void *rx; void *tx; uint8_t *memory; uint64_t iova; uint32_t stride; uint32_t length;
-              uint8_t *slots; uint64_t slots_iova; uint32_t copied; int32_t merges; int32_t stop;
-              uint32_t free_count; uint32_t free[4096]; };
-int64_t load_transmit(struct load *);
-int64_t load_receive(struct load *);
-int64_t load_echo(struct load *);
-void load_start(struct load *, uint32_t buffers);
-"""
 
-
-def _open_load() -> tuple[Any, Any]:
-    """The ffi and the lib of vhost_load.c."""
-    binding = cffi.FFI()
-    binding.cdef(_DECLARATIONS)
-    return binding, binding.dlopen(str(native.build("vhost_load", flags=FLAGS)))
+def _address(pointer: Any) -> int:
+    return int(core_ffi.cast("uintptr_t", pointer))
 
 
 class FrontEnd:
@@ -53,8 +37,6 @@ class FrontEnd:
 
     def __init__(self, path: Path, *, packed: bool, merges: bool, processor: int) -> None:
         self._processor = processor
-        self._ffi, self._lib = _open_load()
-        self._thread: threading.Thread | None = None
         with ExitStack() as stack:
             memory = VhostMemory()
             self._transport = VhostUser(str(path), memory)
@@ -66,21 +48,24 @@ class FrontEnd:
             wanted |= self._transport.read_device_features() & sum(features.feature(name).mask for name in _RING)
             self._ring_features = wanted
             self._agree(wanted)
-            self._load = self._ffi.new("struct load *")
             dma = VhostDma(memory)
-            for index, name in enumerate(("rx", "tx")):
-                setattr(self._load, name, self._make_queue(index, dma, stack, packed))
+            queues = [self._make_queue(index, dma, stack, packed) for index in (0, 1)]
             self._transport.enable_vectors(())
             slots = dma.allocate((1 + BUFFERS) * core.NB_TX_SLOT_BYTES)
             stack.callback(slots.close)
             buffers = stack.enter_context(vfio.Memory.memfd(BUFFERS * STRIDE))
             mapping = stack.enter_context(memory.map(buffers))
-            self._load.memory = self._ffi.cast("uint8_t *", buffers.address)
-            self._load.iova, self._load.stride = mapping.iova, STRIDE
-            self._load.slots = self._ffi.cast("uint8_t *", slots.address)
-            self._load.slots_iova, self._load.copied = slots.iova, core.NB_TX_MOST_COPIED
-            self._load.merges = merges
-            self._lib.load_start(self._load, BUFFERS)
+            self._tally = core_ffi.new("uint64_t *")
+            self._load = Load(
+                str(native.build("vhost_load", flags=FLAGS)),
+                (queues[0], queues[1]),
+                (buffers.address, mapping.iova),
+                (slots.address, slots.iova),
+                _address(self._tally),
+                copied=core.NB_TX_MOST_COPIED,
+                merges=merges,
+                exchanges=False,
+            )
             self._transport.write_status(self._transport.read_status() | Status.DRIVER_OK)
             stack.callback(self._transport.reset)
             for index in (0, 1):
@@ -101,7 +86,7 @@ class FrontEnd:
         self._transport.write_status(Status.ACKNOWLEDGE | Status.DRIVER)
         self._transport.write_status(Status.ACKNOWLEDGE | Status.DRIVER | Status.FEATURES_OK)
 
-    def _make_queue(self, index: int, dma: VhostDma, stack: ExitStack, packed: bool) -> Any:
+    def _make_queue(self, index: int, dma: VhostDma, stack: ExitStack, packed: bool) -> int:
         config = core_ffi.new("struct nb_virtqueue_config *", {"index": index, "size": QUEUE})
         config.features = core.NB_RING_PACKED if packed else 0
         for name, bit in _RING.items():
@@ -119,36 +104,18 @@ class FrontEnd:
         stack.callback(core.nb_virtqueue_free, queue)
         areas = (block.iova + layout.desc, block.iova + layout.driver, block.iova + layout.device)
         self._transport.set_up_queue(index, QueueSetup(QUEUE, *areas, vector=0xFFFF))
-        return self._ffi.cast("void *", int(core_ffi.cast("uintptr_t", queue)))
+        return _address(queue)
 
     def start(self, kind: str, length: int) -> None:
         """`kind`: transmit, receive or echo; `length` of the frames that are generated, bytes."""
-        self._load.stop, self._load.length = 0, length
-        run = getattr(self._lib, f"load_{kind}")
-
-        def body() -> None:
-            os.sched_setaffinity(0, {self._processor})
-            if os.geteuid() == 0:
-                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), -20)
-            self._result = run(self._load)
-
-        self._result = 0
-        self._thread = threading.Thread(target=body)
-        self._thread.start()
+        self._load.start(kind, length, self._processor)
 
     def stop(self) -> int:
         """Frames that the load moved. Raises RuntimeError when the back-end did what none may."""
-        assert self._thread is not None
-        self._load.stop = 1
-        self._thread.join()
-        self._thread = None
-        if self._result < 0:
-            raise RuntimeError(f"the back-end broke a virtqueue: fault {-1 - self._result}")
-        return int(self._result)
+        return self._load.stop()
 
     def close(self) -> None:
-        if self._thread is not None:
-            self.stop()
+        self.stop()
         self._stack.close()
 
     def __enter__(self) -> FrontEnd:

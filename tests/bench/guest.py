@@ -2,6 +2,7 @@
 
     wire_load (host) ═══ QEMU's virtio-net ═══ Net-Bridge and a client of its port
                                                or DPDK's testpmd on vfio-pci
+                                               or the driver with its work in its own process
                                                or the kernel's driver and AF_PACKET
 
 For each visit the function is bound to the driver whose turn it is, which then receives, transmits and echoes for a
@@ -28,10 +29,10 @@ from qemu.images import Recipe, ensure_image
 from tests.bench import native
 from tests.bench.contest import Pair, Series, Unavailable
 from tests.bench.guest_testpmd import GuestTestpmd
-from tests.bench.wire import LoadWire
+from tests.bench.wire import Ceiling, LoadWire
 from tests.e2e import testbed
 
-SUMMARY = "Net-Bridge, DPDK on vfio-pci and the kernel's driver with AF_PACKET, in turns in one guest"
+SUMMARY = "Net-Bridge, DPDK on vfio-pci, the kernel's driver with AF_PACKET, in turns in one guest; QEMU alone"
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "images" / "bench.toml"
 CODE = ROOT / "images" / "code.toml"
@@ -39,15 +40,18 @@ MAC = default_mac(0)
 LENGTH = 64
 SECONDS, SETTLE_SECONDS = 1.0, 0.3
 SPIN_US = 100_000
-TALLY = "/run/bench.tally"
+TALLY, LOAD = "/run/bench.tally", "/run/vhost_load.so"
 FLAGS = ("-static", "-march=x86-64", "-fno-strict-aliasing")  # for the guest's processor, and without its libraries
 CORE = ROOT / "netbridge/datapath/core"
 CLIENT = ROOT / "client"
+LOAD_FLAGS = ("-fPIC", "-shared", "-march=x86-64", "-fno-strict-aliasing", f"-I{CORE}")
 LIBRARY = [*(CORE / f"{name}.c" for name in ("client", "capture", "counting"))]
-LIBRARY += [CLIENT / f"{name}.c" for name in ("control", "offer", "session")]
+LIBRARY += sorted(CLIENT.glob("*.c"))
 
 INTERRUPTS, POLLING = "Net-Bridge on interrupts", "Net-Bridge polling"
-DPDK, KERNEL = "DPDK testpmd", "AF_PACKET in C"
+IN_PROCESS = "Net-Bridge in one process"
+DPDK, KERNEL, PYTHON = "DPDK testpmd", "AF_PACKET in C", "AF_PACKET in Python"
+CEILING = "QEMU alone"
 RATES = ("receive", "transmit", "echo")
 
 
@@ -63,17 +67,22 @@ def contests(quick: bool) -> Iterator[Series]:
             INTERRUPTS: _Netbridge(guest, directory, spin_us=0),
             POLLING: _Netbridge(guest, directory, spin_us=SPIN_US),
             DPDK: _Dpdk(guest),
+            IN_PROCESS: _InProcess(guest, directory),
             KERNEL: _Packet(guest, ["/run/frames_packet"]),
+            PYTHON: _Packet(guest, ["python3", "/run/frames_packet.py"]),
         }
+        ceiling = stack.enter_context(Ceiling())
         yield Series(
             bench="guest",
-            visits={name: _visit(driver, wire) for name, driver in drivers.items()},
+            visits={name: _visit(driver, wire) for name, driver in drivers.items()}
+            | {CEILING: lambda: dict.fromkeys(("receive", "transmit"), ceiling.carry(LENGTH, MAC, SECONDS))},
             pairs=_pairs(),
-            commands=(f"# {guest.accel}", *(driver.command for driver in drivers.values())),
+            commands=(
+                f"# {guest.accel}",
+                *(driver.command for driver in drivers.values()),
+                " ".join(ceiling.command),
+            ),
         )
-    raise Unavailable(
-        "AF_XDP, AF_PACKET in Python, an echo within the driver's process, QEMU alone: no program for them yet"
-    )
 
 
 def _boot(directory: Path, wire: LoadWire) -> Guest:
@@ -94,23 +103,28 @@ def _boot(directory: Path, wire: LoadWire) -> Guest:
     }
     for name, program in programs.items():
         guest.put(program, f"/run/{name}", 0o755)
+    load = native.build("vhost_load", flags=LOAD_FLAGS)
+    guest.put(load, LOAD, 0o644)
+    for script in ("frames_packet.py", "inprocess.py", "load.py"):
+        guest.put(ROOT / "tests/bench" / script, f"/run/{script}", 0o644)
     guest.run(["sh", "-c", "mkdir -p /run/huge && mount -t hugetlbfs none /run/huge"])
     guest.put(bytes(8), TALLY, 0o666)
     return guest
 
 
 def _pairs() -> list[Pair]:
-    """Goals: nine tenths of DPDK's rates and twice the kernel's; a round trip no longer than DPDK's when polling, nor
-    than the kernel's on interrupts."""
+    """Goals: in one process as fast as DPDK; through the port nine tenths of its rates and twice the kernel's; a round
+    trip no longer than DPDK's when polling, nor than the kernel's on interrupts."""
+    polls = ((IN_PROCESS, DPDK), (POLLING, DPDK))
     pairs = []
     for figure in (*RATES, "p50", "p99"):
         rate = figure in RATES
-        for ours, how in ((INTERRUPTS, "interrupts"), (POLLING, "polling")):
-            for peer in (DPDK, KERNEL):
+        for ours, how in ((INTERRUPTS, "interrupts"), (POLLING, "polling"), (IN_PROCESS, "one process, polling")):
+            for peer in (DPDK, KERNEL, PYTHON, CEILING):
                 if rate:
-                    goal = {DPDK: 0.9, KERNEL: 2.0}.get(peer)
+                    goal = {DPDK: 1.0 if ours == IN_PROCESS else 0.9, KERNEL: 2.0}.get(peer)
                 else:
-                    goal = 1.0 if (ours, peer) in ((POLLING, DPDK), (INTERRUPTS, KERNEL)) else None
+                    goal = 1.0 if (ours, peer) in (*polls, (INTERRUPTS, KERNEL)) else None
                 metric = f"{figure if rate else f'round trip, {figure}'}, {LENGTH} B, {how}"
                 unit, better = ("frames/s", "higher") if rate else ("µs", "lower")
                 pairs.append(Pair(metric, unit, figure, ours, peer, "higher" if better == "higher" else "lower", goal))
@@ -182,6 +196,32 @@ class _Netbridge(_Driver):
             yield lambda: _tally(self._guest)
         # Only then is it over, and another client let in.
         testbed.wait_for_line(self._process, r" prepared ")
+
+
+class _InProcess(_Driver):
+    """Polls, as testpmd does. Started anew for each kind of work."""
+
+    def __init__(self, guest: Guest, directory: Path) -> None:
+        self._guest, self._directory = guest, directory
+        self._pci = testbed.nics(guest)[0][0]
+        self.command = " ".join(self._words("receive|transmit|echo"))
+
+    def _words(self, what: str) -> list[str]:
+        return ["python3", "/run/inprocess.py", LOAD, self._pci, what, str(LENGTH), TALLY]
+
+    @contextmanager
+    def driving(self) -> Iterator[None]:
+        self._guest.rebind(self._pci, "vfio-pci")
+        yield
+        self._guest.rebind(self._pci, "virtio-pci")
+
+    @contextmanager
+    def working(self, what: str) -> Iterator[Callable[[], int]]:
+        with self._guest.start(self._words(what), log=self._directory / "inprocess.log") as process:
+            testbed.wait_for_line(process, r" serving ")
+            yield lambda: _tally(self._guest)
+            if not process.running:
+                raise RuntimeError(f"{' '.join(self._words(what))} ended: {process.stderr}")
 
 
 class _Packet(_Driver):

@@ -6,10 +6,12 @@ import contextlib
 import socket
 import subprocess
 from collections.abc import Iterator, Sequence
+from typing import Self
 
 from tests.bench import native
 
 MOST_SECONDS = 30.0
+QEMU = "qemu-system-x86_64"
 
 
 class LoadWire:
@@ -71,3 +73,36 @@ class LoadWire:
         """p50 and p99 of one frame at a time there and back, microseconds."""
         p50, p99 = self._figures("roundtrip", length, mac, round(1000 * seconds))
         return p50 / 1000, p99 / 1000
+
+
+class Ceiling:
+    """QEMU without a guest, carrying frames from one Unix socket to another: what no driver in a guest can be ahead of,
+    as long as QEMU's own loop is the bottleneck."""
+
+    def __init__(self) -> None:
+        self._ends = LoadWire(), LoadWire()
+        netdevs = [word for number, end in enumerate(self._ends) for word in ("-netdev", end.netdev(f"d{number}"))]
+        hub = [word for number in (0, 1) for word in ("-netdev", f"hubport,id=h{number},hubid=0,netdev=d{number}")]
+        self.command = [QEMU, "-machine", "none", "-nodefaults", "-display", "none", *netdevs, *hub]
+        self._qemu = subprocess.Popen(self.command, pass_fds=[fd for end in self._ends for fd in end.fds()])
+        for end in self._ends:
+            end.attached()
+
+    def carry(self, length: int, mac: str, seconds: float) -> float:
+        """Frames a second that come out at the other side. Raises RuntimeError when QEMU has ended."""
+        if self._qemu.poll() is not None:
+            raise RuntimeError(f"{' '.join(self.command)} ended with {self._qemu.returncode}")
+        with self._ends[0].flood(length, mac):
+            return self._ends[1].sink(seconds)
+
+    def close(self) -> None:
+        self._qemu.kill()
+        self._qemu.wait()
+        for end in self._ends:
+            end.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -20,7 +20,9 @@ def build(name: str, *, sources: Sequence[Path] = (), flags: Sequence[str] = (),
     """Compiles NAME.c of this directory with the other `sources` and returns the program. Raises CompilationFailed."""
     files = [HERE / f"{name}.c", *sources]
     words = [*FLAGS, *flags, *(str(file) for file in files), *libraries]
-    key = hashlib.sha256("\0".join(words).encode() + b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
+    folders = [HERE, *(Path(word[2:]) for word in flags if word.startswith("-I"))]
+    inputs = files + sorted(header for folder in folders for header in folder.glob("*.h"))
+    key = hashlib.sha256("\0".join(words).encode() + b"".join(file.read_bytes() for file in inputs)).hexdigest()[:12]
     program = OUT / f"{name}-{key}"
     if not program.exists():
         OUT.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,7 @@
 #include "tx_slot.h"
 #include "virtqueue.h"
 
-enum { BURST = 64, TAKEN_AT_ONCE = 32, HEADER_BYTES = 12, HEADROOM = 64, NUM_BUFFERS_OFFSET = 10, TEMPLATE_BYTES = 42, LOAD_BUFFERS = 4096 };
+enum { BURST = 64, TAKEN_AT_ONCE = 32, HEADER_BYTES = 12, HEADROOM = 64, MAC_BYTES = 6, NUM_BUFFERS_OFFSET = 10, TEMPLATE_BYTES = 42, LOAD_BUFFERS = 4096 };
 
 /* `memory` is `buffers` buffers of `stride` bytes; a frame lies at HEADROOM in its buffer, as in those of the port. */
 struct load {
@@ -27,7 +27,9 @@ struct load {
     uint64_t slots_iova;
     uint32_t copied;      /* frames up to so many bytes are */
     int32_t merges;       /* MRG_RXBUF was agreed: the header says of how many buffers a frame is */
+    int32_t exchanges;    /* the echo exchanges the MAC addresses */
     int32_t stop;         /* set by another thread */
+    uint64_t *moved;      /* frames so far */
     uint32_t free_count;
     uint32_t free[LOAD_BUFFERS]; /* buffers neither queue has */
 };
@@ -35,6 +37,8 @@ struct load {
 static int lesser(int a, int b) { return a < b ? a : b; }
 
 static bool stopped(struct load *load) { return __atomic_load_n(&load->stop, __ATOMIC_RELAXED); }
+
+static void account(struct load *load, int64_t frames) { __atomic_store_n(load->moved, (uint64_t)frames, __ATOMIC_RELAXED); }
 
 static void publish(struct nb_virtqueue *queue)
 {
@@ -90,7 +94,7 @@ int64_t load_transmit(struct load *load)
         int done = reap(load);
         if (done < 0)
             return done;
-        frames += done;
+        account(load, frames += done);
         /* First the frames, then what is done with them: another process made those of the pump. */
         uint32_t room = virtqueue_room(load->tx, 2), burst = room < BURST ? room : BURST;
         burst = load->free_count < burst ? load->free_count : burst;
@@ -112,7 +116,13 @@ static uint8_t *header_of(const struct load *load, uint32_t buffer)
 /* In the buffer that it came in, behind a header that asks for nothing: there is nobody who could change it. */
 static void send_back(struct load *load, uint32_t buffer, uint32_t length)
 {
-    memset(header_of(load, buffer), 0, HEADER_BYTES);
+    uint8_t *header = header_of(load, buffer), *frame = header + HEADER_BYTES, address[MAC_BYTES];
+    memset(header, 0, HEADER_BYTES);
+    if (load->exchanges) {
+        memcpy(address, frame, MAC_BYTES);
+        memcpy(frame, frame + MAC_BYTES, MAC_BYTES);
+        memcpy(frame + MAC_BYTES, address, MAC_BYTES);
+    }
     struct nb_segment segment = {load->iova + (uint64_t)buffer * load->stride + HEADROOM - HEADER_BYTES, HEADER_BYTES + length};
     virtqueue_add(load->tx, &segment, 1, 0, buffer);
 }
@@ -162,7 +172,7 @@ int64_t load_receive(struct load *load)
         int done = take(load, false);
         if (done < 0)
             return done;
-        frames += done;
+        account(load, frames += done);
         refill(load);
     }
     return frames;
@@ -176,7 +186,7 @@ int64_t load_echo(struct load *load)
         int done = sent < 0 ? sent : take(load, true);
         if (done < 0)
             return done;
-        frames += done;
+        account(load, frames += done);
         publish(load->tx);
         refill(load);
     }

@@ -99,7 +99,10 @@ class Capture:
         return int(self._native.error) == errno.EPIPE
 
     def begin(self, client: Client) -> None:
-        """Captures all frames of this session from here on. Raises CaptureFailed."""
+        """Captures all frames of this session from here on, unless the file took no more in an earlier one. Raises
+        CaptureFailed when it takes no more from now on."""
+        if self._native.error:
+            return
         self._before = self._read_counters()
         self._captured_before = (self.received, self.sent)
         self._began = time.time_ns()

@@ -60,7 +60,8 @@ class TapDevice:
         try:
             self.fd = os.open(TUN, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError as error:
-            raise TapFailed(f"cannot open {TUN}: {error.strerror}; is the module tun loaded?") from None
+            hint = "; load the module: modprobe tun" if error.errno in (errno.ENOENT, errno.ENODEV) else ""
+            raise TapFailed(f"cannot open {TUN}: {error.strerror}{hint}") from None
         try:
             request = struct.pack("16sH22x", name.encode(), _IFF_TAP | _IFF_NO_PI | _IFF_VNET_HDR)
             answer = fcntl.ioctl(self.fd, _TUNSETIFF, request)
@@ -76,6 +77,7 @@ class TapDevice:
             hint = {
                 errno.EPERM: "; it takes CAP_NET_ADMIN: start the service as root",
                 errno.EBUSY: "; somebody has it: choose another one with --name",
+                errno.EINVAL: "; is there an interface of this name that is no TAP device? Choose another with --name",
             }.get(error.errno or 0, "")
             raise TapFailed(f"cannot make the TAP device {name}: {error.strerror}{hint}") from None
 
@@ -86,7 +88,8 @@ class TapDevice:
             try:
                 self._netlink.addr("add", index=self._index, address=str(address.ip), mask=address.network.prefixlen)
             except Exception as error:
-                raise TapFailed(f"cannot give {self.name} the address {address}: {_reason(error)}") from None
+                hint = "; IPv6 is turned off here (sysctl net.ipv6.conf)" if _code(error) == errno.EACCES else ""
+                raise TapFailed(f"cannot give {self.name} the address {address}: {_reason(error)}{hint}") from None
 
     @property
     def offloads(self) -> Offload:
@@ -192,5 +195,10 @@ def _left_to_session(offloads: Offload) -> int:
 
 def _reason(error: Exception) -> str:
     """pyroute2's errors have a number of errno in `code`, and know its words only as a pair."""
+    code = _code(error)
+    return str(error) if code is None else os.strerror(code)
+
+
+def _code(error: Exception) -> int | None:
     code = getattr(error, "code", None)
-    return os.strerror(code) if isinstance(code, int) else str(error)
+    return code if isinstance(code, int) else None

@@ -246,3 +246,54 @@ def test_a_file_that_takes_no_more_ends_the_capture_and_not_the_client(path: Pat
             capture.check()
     with pytest.raises(CaptureFailed, match="/dev/full: No space left on device"):
         Capture.open("/dev/full")
+
+
+def test_a_disk_that_was_full_does_not_end_the_next_session_either(path: Path) -> None:
+    with OfferedSession(1) as first, OfferedSession(2) as second, Capture.open(os.devnull) as capture:
+        with serving(path, first) as port:
+            FakeRings(first)
+            with connect(path) as client:
+                capture.begin(client)
+                full = os.open("/dev/full", os.O_WRONLY)
+                os.dup2(full, capture._native.fd)
+                os.close(full)
+                client.send_bytes(frame(1))
+                capture.end()
+            assert capture.state == "ended: No space left on device"
+            with port.paused() as server:
+                server.offer(second.session)
+            driver = FakeRings(second)
+            with connect(path, wait=DEADLINE_SECONDS) as client:
+                capture.begin(client)
+                client.send_bytes(frame(2))
+                assert driver.await_sent(1) == [frame(2)]
+                capture.end()
+        with pytest.raises(CaptureFailed, match="cannot write the capture /dev/null: No space left on device"):
+            capture.check()
+
+
+SMALL_DISK = 'mount -t tmpfs -o size=16k none "$0" && exec "$@"'
+
+
+def test_a_disk_that_becomes_full_is_one_line_and_a_code(path: Path, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    place = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", SMALL_DISK, str(disk)]
+    if subprocess.run([*place, "true"], capture_output=True, check=False).returncode != 0:
+        pytest.skip("a file system of one's own: not for this user")
+    words = ["--socket", path, "--out", disk / "frames.pcapng", "--wait", "60"]
+    command = [*place, sys.executable, "-m", "netbridge.services.capture", *map(str, words)]
+    with OfferedSession() as offered, serving(path, offered) as port:
+        driver = FakeRings(offered)
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+            assert isinstance(port.await_event(), ClientReady)
+            deadline = time.monotonic() + DEADLINE_SECONDS
+            while process.poll() is None and time.monotonic() < deadline:
+                if driver.free:
+                    driver.deliver(frame(1, 1500))
+                driver.take_back()
+            assert process.poll() == 1, "it should have ended when the disk was full"
+            assert process.stderr is not None
+            said = process.stderr.read()
+    assert f"netbridge-capture: cannot write the capture {disk}/frames.pcapng: No space left on device\n" in said
+    assert "Traceback" not in said

@@ -21,6 +21,7 @@ from scapy.layers.inet import ICMP, IP, UDP
 from scapy.layers.l2 import ARP, Ether
 from scapy.packet import Raw
 
+from netbridge.ipc.errors import Reason
 from netbridge.ipc.offloads import GSO_TCPV4, NEEDS_CSUM, Offload, VirtioNetHeader
 from netbridge.ipc.server import ClientReady
 from tests.unit.port_fakes import DEADLINE_SECONDS, FACTS, MAC, STRIDE, FakeRings, OfferedSession, ServedPort
@@ -275,3 +276,97 @@ def test_what_a_user_can_do_wrong(tmp_path: Path, options: tuple[str, ...], code
         assert process.returncode == code
         assert says in err
         assert "Traceback" not in err
+
+
+def test_what_is_not_there_or_not_allowed(tmp_path: Path) -> None:
+    """No device file; a user without CAP_NET_ADMIN; and addresses that the kernel will not have."""
+    hide = ["unshare", "--net", "--mount", "sh", "-c", 'mount -t tmpfs none /dev/net && exec "$@"', "sh"]
+    powerless = ["unshare", "--net", "setpriv", "--bounding-set=-all", "--"]
+    quiet = ["unshare", "--net", "sh", "-c", f'{QUIET}; exec "$@"', "sh"]
+    for place, options, says in (
+        (hide, (), "cannot open /dev/net/tun: No such file or directory; load the module: modprobe tun"),
+        (powerless, (), "Operation not permitted; it takes CAP_NET_ADMIN: start the service as root"),
+        (quiet, ("--address", "2001:db8::2/64"), "address 2001:db8::2/64: Permission denied; IPv6 is turned off here"),
+        (quiet, ("--address", "192.0.2.2/24", "--address", "192.0.2.2/24"), "address 192.0.2.2/24: File exists"),
+    ):
+        words = [sys.executable, "-m", "netbridge.services.tap", "--socket", str(tmp_path / "none.sock"), *options]
+        done = subprocess.run([*place, *words, "--user", "root"], capture_output=True, text=True, check=False)
+        assert done.returncode == 1, done.stderr
+        assert says in done.stderr
+        assert done.stderr.count("\n") == 1, "one line, and no traceback"
+
+
+def test_a_second_one_is_told_what_the_first_one_has(tmp_path: Path) -> None:
+    with session(tmp_path) as (driver, port, process):
+        resolve(driver)
+        words = [
+            sys.executable,
+            "-m",
+            "netbridge.services.tap",
+            "--socket",
+            str(port.path),
+            "--user",
+            str(os.geteuid()),
+        ]
+        namespace = ["nsenter", f"--net=/proc/{process.pid}/ns/net"]
+        for name, code, says in (
+            ("nb7", 1, "nb7: Device or resource busy; somebody has it"),
+            ("nb8", 5, "another client has the port"),
+        ):
+            done = subprocess.run(
+                [*namespace, *words, "--name", name], capture_output=True, text=True, check=False, timeout=60
+            )
+            assert (done.returncode, done.stderr.count("\n")) == (code, 1), done.stderr
+            assert says in done.stderr
+        assert "nb8" not in inside(process, "ip", "link"), "nothing is left of it"
+        resolve(driver)
+
+
+def test_an_interface_that_is_removed_ends_it(tmp_path: Path) -> None:
+    with session(tmp_path) as (driver, _, process):
+        resolve(driver)
+        inside(process, "ip", "link", "delete", "nb7")
+        out, err = process.communicate(timeout=DEADLINE_SECONDS)
+        assert process.returncode == 1
+        assert err == "netbridge-tap: nb7: File descriptor in bad state; was the interface removed?\n"
+        assert json.loads(out.splitlines()[-1])["event"] == "closed"
+
+
+def test_an_interface_that_is_down_loses_frames_and_comes_up_again(tmp_path: Path) -> None:
+    with session(tmp_path) as (driver, port, process):
+        resolve(driver)
+        inside(process, "ip", "link", "set", "nb7", "down")
+        driver.deliver(bytes(Ether(src=PEER_MAC, dst="ff:ff:ff:ff:ff:ff") / ARP(psrc=PEER, pdst=OURS)))
+        with port.paused() as server:
+            server.update(FACTS._replace(mtu=1400))
+        await_link(process, mtu=1400, operstate="DOWN")
+        inside(process, "ip", "link", "set", "nb7", "up")
+        await_link(process, mtu=1400, operstate="UP")
+        resolve(driver)
+
+
+def test_the_next_session_has_the_same_interface_whatever_its_offloads(tmp_path: Path) -> None:
+    with session(tmp_path, offloads=CHECKSUM_OFFLOADS) as (driver, port, process), OfferedSession(8) as second:
+        resolve(driver)
+        index = link(process)["ifindex"]
+        with port.paused() as server:
+            server.agree = lambda _asked: 0
+            server.dismiss(Reason.DEVICE_RESET)
+            server.offer(second.session)
+        assert process.stdout is not None
+        assert json.loads(process.stdout.readline())["event"] == "closed"
+        connected = json.loads(process.stdout.readline())
+        assert (connected["event"], connected["session"]) == ("connected", 8)
+        assert link(process)["ifindex"] == index
+        resolve(FakeRings(second))
+
+
+def test_a_service_that_is_killed_leaves_no_interface(tmp_path: Path) -> None:
+    with session(tmp_path) as (driver, _, process):
+        resolve(driver)
+        with Path(f"/proc/{process.pid}/ns/net").open() as namespace:
+            process.kill()
+            process.wait()
+            enter = ["nsenter", f"--net=/proc/self/fd/{namespace.fileno()}", "ip", "link"]
+            links = subprocess.run(enter, capture_output=True, text=True, check=True, pass_fds=[namespace.fileno()])
+        assert "nb7" not in links.stdout

@@ -186,7 +186,7 @@ $(BENCH_SETUP): $(SETUP)
 bench: $(BENCH_SETUP) | host-dpdk host-iperf3 ## beside its peers, in turns: a table and pictures in build/bench
 	ACCEL=$(ACCEL) $(PY) -m tests.bench $(ARGS)
 
-bench-quick: $(BENCH_SETUP) | host-dpdk ## the same with fewer metrics and rounds
+bench-quick: $(BENCH_SETUP) | host-dpdk ## the same with fewer metrics
 	ACCEL=$(ACCEL) $(PY) -m tests.bench --quick $(ARGS)
 
 ##@ The rest

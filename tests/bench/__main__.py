@@ -23,8 +23,7 @@ BENCHES = ("vhost", "port", "guest", "tcp", "cost", "harness")
 """Modules of this package. Each has `SUMMARY`, a line, and `contests(quick)`, which yields contests one by one,
 may keep a guest or a peer running between them, and raises Unavailable where it cannot go on."""
 QUICK = ("vhost", "port")  # a guest takes minutes
-QUICK_ROUNDS = 5
-ROUNDS = 9
+ROUNDS = 5
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,15 +38,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "benches", nargs="*", metavar="BENCH", help=f"which (default: all; with --quick {' and '.join(QUICK)})"
     )
-    parser.add_argument("--quick", action="store_true", help="fewer metrics and rounds: two minutes in all")
-    parser.add_argument("--rounds", type=int, help=f"default {ROUNDS}, or {QUICK_ROUNDS} with --quick")
+    parser.add_argument("--quick", action="store_true", help="fewer metrics: two minutes in all")
+    parser.add_argument("--rounds", type=int, help=f"default {ROUNDS}")
     parser.add_argument("--only", metavar="TEXT", default="", help="metrics with this in their name; report.json stays")
     parser.add_argument("--json", action="store_true", help="print this run's rows instead of the table")
     options = parser.parse_args(arguments)
     unknown = [name for name in options.benches if name not in known]
     if unknown:
         parser.error(f"no bench is called {unknown[0]!r}; there are {', '.join(known)}")
-    rounds = options.rounds or (QUICK_ROUNDS if options.quick else ROUNDS)
+    rounds = options.rounds or ROUNDS
     if rounds < LEAST_ROUNDS:
         parser.error(f"--rounds {rounds}: a spread wants at least {LEAST_ROUNDS}")
 

@@ -128,7 +128,7 @@ class Bench:
         *,
         model: NetModel | None = None,
         control_number: int = 2,
-        deadline_s: float = 0.05,
+        deadline_s: float = 1.0,
         **options: object,
     ) -> None:
         self.model = model or NetModel()

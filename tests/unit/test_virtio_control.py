@@ -114,7 +114,7 @@ def test_a_refusal_names_the_command_and_the_device_goes_on(live: Bench) -> None
 
 def test_no_answer_is_a_fault_and_nothing_more_is_sent_before_a_reset(live: Bench) -> None:
     live.device.silent = True
-    with pytest.raises(ControlTimeout, match=r"promiscuous on: the device did not answer .* within 0.05 s"):
+    with pytest.raises(ControlTimeout, match=r"promiscuous on: the device did not answer .* within 1 s"):
         live.net.command(commands.receive_mode("promiscuous", True))
     with pytest.raises(ControlTimeout, match="still waiting for an earlier answer"):
         live.net.command(commands.receive_mode("promiscuous", True))
@@ -182,6 +182,7 @@ def test_with_intx_the_isr_says_what_for(make: Make) -> None:
         bench.device.delay_s = 0.01
         bench.net.command(commands.announced())
         bench.device.join()
+        bench.net._await_answer(0)  # where the answer was seen before its interrupt, that is for whoever waits next
         assert os.eventfd_read(fds.intx_unmask_fd) >= 1, "VFIO was told to unmask the line"
         if bits & 2:
             assert os.eventfd_read(fds.config_fd) == 1, "and the change is there for whoever looks after them"

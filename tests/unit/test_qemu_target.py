@@ -177,6 +177,7 @@ def test_an_interface_that_is_no_wire(name: str, said: str) -> None:
     assert said in str(interface.obstacle(name, there))
 
 
+LONG = 30.0
 MAC, PEER, STRANGER = "52:54:00:12:34:56", "02:00:00:00:00:01", "02:00:00:00:00:99"
 
 
@@ -226,12 +227,12 @@ def test_noise_is_kept_and_not_handed_on(cable: Cable, tmp_path: Path) -> None:
     cable.come(lldp)
     cable.come(frame(MAC))
     cable.come(frame(STRANGER, "ff:ff:ff:ff:ff:ff"))
-    assert [one.data for one in wire.take(5.0)] == [frame(MAC)]
+    assert [one.data for one in wire.take(LONG)] == [frame(MAC)]
     # Somebody to whom a frame was sent is no stranger any more.
     wire.send(frame(PEER, STRANGER))
     assert cable.goes() == frame(PEER, STRANGER)
     cable.come(frame(STRANGER))
-    assert [one.data for one in wire.take(5.0)] == [frame(STRANGER)]
+    assert [one.data for one in wire.take(LONG)] == [frame(STRANGER)]
     assert (wire.received, wire.sent, wire.noise) == (2, 1, 2)
     cable.inside.submit(wire.close).result()
     with PcapNgReader(str(tmp_path / "wire.pcap")) as reader:
@@ -245,7 +246,7 @@ def test_noise_is_kept_and_not_handed_on(cable: Cable, tmp_path: Path) -> None:
 def test_a_vlan_tag_is_where_it_was_on_the_cable(cable: Cable) -> None:
     tagged = frame(MAC, PEER, Dot1Q(vlan=7, prio=3))
     cable.come(tagged)
-    assert [one.data for one in cable.wire.take(5.0)] == [tagged]
+    assert [one.data for one in cable.wire.take(LONG)] == [tagged]
     cable.wire.send(frame(PEER, MAC, Dot1Q(vlan=7)))
     assert cable.goes() == frame(PEER, MAC, Dot1Q(vlan=7))
 
@@ -259,7 +260,7 @@ def test_the_wire_s_own_end_says_nothing_and_a_frame_that_is_too_long_is_told(ca
         cable.wire.send(frame(PEER, MAC))
     cable.tap.run(["ip", "link", "set", "eth1", "up"])
     cable.come(frame(MAC))
-    assert [one.data for one in cable.wire.take(5.0)] == [frame(MAC)]
+    assert [one.data for one in cable.wire.take(LONG)] == [frame(MAC)]
 
 
 # The options

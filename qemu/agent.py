@@ -30,11 +30,11 @@ from qemu.errors import AgentError, GuestLost, HarnessError
 
 KEEP = 8 << 20
 """Bytes of each output stream kept in memory by default; older ones are dropped (and still go to the log file)."""
-SEND_SECONDS = 20.0
+SEND_SECONDS = 60.0
 BULK = ("output", "stdin", "data", "ack")
 LONGEST_NOTE = 4096
-ANSWER_SECONDS = 20.0
-"""How long the agent may take over a request that only costs it milliseconds."""
+ANSWER_SECONDS = 60.0
+"""How long the agent may take over a request that only costs it milliseconds, on a host that has far too much to do."""
 
 
 class CommandError(Exception):
@@ -551,7 +551,7 @@ class Agent:
         self._ask("ping", {"op": "ping"}, timeout=timeout)
         return time.perf_counter() - began
 
-    def eval(self, source: str, timeout: float = 5.0) -> Any:
+    def eval(self, source: str, timeout: float = 20.0) -> Any:
         """Run Python in the agent's interpreter, where names stay from call to call; under a millisecond.
 
         Returns the value of a last expression, which has to be JSON. Raises AgentError with the traceback. While
@@ -561,7 +561,7 @@ class Agent:
         header = {"op": "eval", "timeout": timeout}
         return self._ask(what, header, source.encode(), timeout + ANSWER_SECONDS).get("value")
 
-    def call(self, function: str, *args: Any, timeout: float = 5.0, **kwargs: Any) -> Any:
+    def call(self, function: str, *args: Any, timeout: float = 20.0, **kwargs: Any) -> Any:
         """Call "module:function" in the agent's interpreter with JSON arguments; as eval() otherwise."""
         arguments = json.dumps({"args": args, "kwargs": kwargs}).encode()
         header = {"op": "call", "function": function, "timeout": timeout}

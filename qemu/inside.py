@@ -82,7 +82,7 @@ class Inside:
         """The content of a file in the guest: see Agent.get()."""
         return self.agent.get(path, to)
 
-    def eval(self, source: str, timeout: float = 5.0) -> Any:
+    def eval(self, source: str, timeout: float = 20.0) -> Any:
         """Run Python in the agent's own interpreter, in well under a millisecond: see Agent.eval()."""
         return self.agent.eval(source, timeout)
 

@@ -10,11 +10,10 @@ ETH_P_ALL, PACKET_IGNORE_OUTGOING, SO_RCVBUFFORCE, SOL_PACKET = 3, 23, 33, 263
 
 def main(what: str, length: int, tally: str, interface: str) -> None:
     with mmap.mmap(os.open(tally, os.O_RDWR), 8) as page, memoryview(page).cast("Q") as counted:
-        protocol = 0 if what == "transmit" else socket.htons(ETH_P_ALL)
-        port = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, protocol)
+        port = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)  # nothing comes before it is bound
         port.setsockopt(SOL_PACKET, PACKET_IGNORE_OUTGOING, 1)
         port.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 16 << 20)
-        port.bind((interface, protocol))
+        port.bind((interface, 0 if what == "transmit" else ETH_P_ALL))
         frame = bytearray(2048)
         room = memoryview(frame)
         frame[:14] = b"\xff\xff\xff\xff\xff\xff\x02\0\0\0\0\2\x88\xb5"

@@ -188,7 +188,8 @@ void netbridge_flush(struct netbridge *port);
 
 enum netbridge_wait { NETBRIDGE_WAIT_RECEIVE = 1, NETBRIDGE_WAIT_ALLOCATE = 2, NETBRIDGE_WAIT_CONTROL = 4 };
 /* Waits until there is something to receive or to allocate, as `wanted` says, or the driver has said something, at most
- * `timeout_ms` (-1: as long as it takes): what was found, 0 for nothing (also when a signal came), or an error. */
+ * `timeout_ms` (-1: as long as it takes): what was found, 0 for nothing, or an error. A signal ends it early, with 0 or, if
+ * that was wanted, NETBRIDGE_WAIT_CONTROL. */
 int netbridge_wait(struct netbridge *port, int wanted, int timeout_ms);
 
 /* For event loops: readable after netbridge_arm when what was wanted has come, or the driver has said something. */

@@ -9,6 +9,7 @@
 #include <netbridge.h>
 #include <signal.h>
 #include <stdio.h>
+#include <string.h>
 
 enum { BURST = 64, HANDSHAKE_MS = 5000, ANSWER_MS = 5000, LOOK_MS = 500 };
 
@@ -52,8 +53,10 @@ static int listen_once(struct netbridge *port)
     struct netbridge_piece pieces[BURST];
     int found = netbridge_wait(port, NETBRIDGE_WAIT_RECEIVE | NETBRIDGE_WAIT_CONTROL, LOOK_MS);
     if (found > 0 && found & NETBRIDGE_WAIT_CONTROL) {
-        if ((found = netbridge_check(port)) == 0)
-            print_facts(netbridge_facts(port));
+        const struct netbridge_facts before = *netbridge_facts(port), *now = netbridge_facts(port);
+        found = netbridge_check(port);
+        if (now->link_up != before.link_up || now->mtu != before.mtu || memcmp(now->mac, before.mac, sizeof(now->mac)))
+            print_facts(now);
     }
     if (found < 0)
         return found;

@@ -36,7 +36,9 @@ from tests.e2e.two_guests import (
 pytestmark = pytest.mark.needs_root
 
 LARGEST_PING = MTU - 28  # behind the headers of IPv4 and ICMP
-DATAGRAMS, LENGTHS = 2000, (4, 1472, LARGEST_PING)
+# Each of these takes seconds: one of a kind in `make test`, the others where there is more time.
+ALSO = pytest.mark.thorough
+DATAGRAMS, LENGTHS = 2000, (pytest.param(4, marks=ALSO), 1472, pytest.param(LARGEST_PING, marks=ALSO))
 TRANSFER = int(os.environ.get("TRANSFER_MIB", "8")) << 20
 SECONDS = 120.0 + (TRANSFER >> 18)
 
@@ -112,7 +114,7 @@ def test_every_datagram_is_accounted_for(pair: Pair, length: int) -> None:
         assert said["came"] + lost == sent == DATAGRAMS, f"{said['came']} came, {lost} are known to be dropped"
 
 
-@pytest.mark.parametrize("address", [OURS, OURS_6])
+@pytest.mark.parametrize("address", [OURS, pytest.param(OURS_6, marks=ALSO)])
 @pytest.mark.parametrize("verb", ["take", "give"])
 def test_a_tcp_transfer_is_unchanged_and_never_cut(pair: Pair, verb: str, address: str) -> None:
     way = "rx" if verb == "take" else "tx"
@@ -131,6 +133,7 @@ def test_a_tcp_transfer_is_unchanged_and_never_cut(pair: Pair, verb: str, addres
     print(f"{verb}, {address}: {answer['mbit_per_s']} Mbit/s, {data / frames:.0f} bytes a frame")
 
 
+@ALSO
 def test_without_offloads_the_kernel_cuts(pair: Pair) -> None:
     closed = pair.restart_tap("--no-offloads")
     assert (closed["refused"], closed["too_long"], closed["bad_headers"]) == (0, 0, 0)

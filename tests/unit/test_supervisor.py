@@ -24,6 +24,9 @@ from netbridge.vnode.manifest import Manifest
 from netbridge.vnode.options import DriverFailed, Options
 from netbridge.vnode.supervisor import Supervisor
 
+# The supervisor is alone in its process; a pytest worker is not, which Python 3.12 and later warn of.
+pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
+
 DEADLINE_S = 60
 
 PROGRAM = """

@@ -141,6 +141,8 @@ class Series:
     visits: Mapping[str, Callable[[], Mapping[str, float]]]
     pairs: Sequence[Pair]
     commands: Sequence[str] = ()
+    absent: dict[str, str] = field(default_factory=dict)
+    """After `run`: who could not do the work when it was first asked to, and why. There are no rows of theirs."""
 
     metric = "all metrics in turns"
     unit = "(the first of them)"
@@ -152,8 +154,14 @@ class Series:
         figures: dict[str, list[Mapping[str, float]]] = {name: [] for name in self.visits}
         states = [machine.cache_line_ns()]
         for number in range(rounds):
-            for name in _turned(list(self.visits), number):
-                found = self.visits[name]()
+            for name in _turned([name for name in self.visits if name not in self.absent], number):
+                try:
+                    found = self.visits[name]()
+                except RuntimeError as error:
+                    if number > 0:
+                        raise
+                    self.absent[name] = str(error)
+                    continue
                 if wrong := [key for key, value in found.items() if not value > 0]:
                     raise ValueError(f"{self.bench}: {name} measured {wrong[0]} as {found[wrong[0]]}")
                 figures[name].append(found)
@@ -161,6 +169,8 @@ class Series:
             states.append(machine.cache_line_ns())
         rows = []
         for pair in self.pairs:
+            if pair.ours in self.absent or pair.peer in self.absent:
+                continue
             sides = [figures.get(name, [{}]) for name in (pair.ours, pair.peer)]
             if all(pair.figure in found for side in sides for found in side):
                 ours, peer = ([found[pair.figure] for found in side] for side in sides)

@@ -72,7 +72,7 @@ def contests(quick: bool) -> Iterator[Series]:
             PYTHON: _Packet(guest, ["python3", "/run/frames_packet.py"]),
         }
         ceiling = stack.enter_context(Ceiling())
-        yield Series(
+        series = Series(
             bench="guest",
             visits={name: _visit(driver, wire) for name, driver in drivers.items()}
             | {CEILING: lambda: dict.fromkeys(("receive", "transmit"), ceiling.carry(LENGTH, MAC, SECONDS))},
@@ -83,6 +83,9 @@ def contests(quick: bool) -> Iterator[Series]:
                 " ".join(ceiling.command),
             ),
         )
+        yield series
+    absent = [f"{name}: {why}" for name, why in series.absent.items()]
+    raise Unavailable("; ".join([*absent, "AF_XDP: no program for it yet"]))
 
 
 def _boot(directory: Path, wire: LoadWire) -> Guest:
@@ -147,6 +150,12 @@ class _Driver(ABC):
 
 def _visit(driver: _Driver, wire: LoadWire) -> Callable[[], dict[str, float]]:
     def visit() -> dict[str, float]:
+        try:
+            return work()
+        except HarnessError as error:
+            raise RuntimeError(str(error)) from error
+
+    def work() -> dict[str, float]:
         found = {}
         with driver.driving():
             with driver.working("receive") as count, wire.flood(LENGTH, MAC):
@@ -212,8 +221,10 @@ class _InProcess(_Driver):
     @contextmanager
     def driving(self) -> Iterator[None]:
         self._guest.rebind(self._pci, "vfio-pci")
-        yield
-        self._guest.rebind(self._pci, "virtio-pci")
+        try:
+            yield
+        finally:
+            self._guest.rebind(self._pci, "virtio-pci")
 
     @contextmanager
     def working(self, what: str) -> Iterator[Callable[[], int]]:

@@ -95,8 +95,8 @@ class Settings:
 
     @property
     def dma_bytes(self) -> int:
-        """Memory for frames that one session maps for the device."""
-        return (self.rx_buffers + self.tx_buffers) * BUFFER_STRIDE
+        """Memory for frames, copies of short ones among them, that one session maps for the device."""
+        return (self.rx_buffers + self.tx_buffers) * BUFFER_STRIDE + self.tx_slots * int(lib.NB_TX_SLOT_BYTES)
 
 
 class _Promises(NamedTuple):

@@ -11,7 +11,7 @@ from netbridge.vnode.capabilities import IRQ, MIB, NETWORK, PCI, Capabilities, M
 from netbridge.vnode.manifest import Manifest
 
 MSIX_VECTORS = 3  # configuration, receive, transmit
-QUEUE_MEMORY = MIB // 4  # two virtqueues of 256 entries and the TX header, with room
+QUEUE_MEMORY = MIB // 4  # two virtqueues of 256 entries, with room
 
 
 def check_grants(granted: Capabilities, claimed: vfio.PciAddress | None, settings: Settings) -> vfio.PciAddress:

@@ -78,6 +78,19 @@ static int run_round(struct nb_pump *pump)
     return sent < 0 ? sent : collected + returned + sent;
 }
 
+/* Before Python is asked, which may end the session: what was sent by now counts as sent, whatever woke us beside it. */
+static void settle(struct nb_pump *pump)
+{
+    int completed = 0;
+    for (uint32_t i = 0; i < pump->config.pair_count; i++) {
+        int done;
+        while ((done = pump_complete(pump, &pump->pairs[i])) > 0)
+            completed += done;
+    }
+    if (completed)
+        pump_wake_client(pump);
+}
+
 static void report(struct nb_pump *pump, int verdict, struct nb_pump_result *result)
 {
     if (verdict <= DEVICE_FAULT) {
@@ -146,6 +159,8 @@ void nb_pump_run(struct nb_pump *pump, struct nb_pump_result *result)
         woken_at = now_ns();
         pump_stop_asking(pump);
     }
+    if (verdict == NB_EVENT_CONTROL)
+        settle(pump);
     report(pump, verdict, result);
 }
 

@@ -1,5 +1,6 @@
 /* A pump with nothing to do sleeps: whatever keeps it from working, it burns no processor. */
 #include "check.h"
+#include "jitter.h"
 #include "world.h"
 
 #include <sys/eventfd.h>
@@ -91,4 +92,28 @@ TEST(idle_with_intx_after_a_spurious_interrupt)
     world.device.isr_pending = 1;
     fake_intx_poll(&world.device);
     expect_sleep(&world);
+}
+
+static struct world *completing;
+
+static void complete_one(void)
+{
+    before_epoll_wait = NULL;
+    transmit_one(completing, 0, 60);
+}
+
+/* The last frame is sent at the moment in which its client goes: it counts. */
+TEST(completions_that_come_with_a_control_event_count)
+{
+    struct world world;
+    world_open(&world, (struct world_config){0});
+    send_one(&world, 0, 60);
+    world_pump_idle(&world);
+    completing = &world;
+    before_epoll_wait = complete_one;
+    world_pump_idle(&world);
+    CHECK(before_epoll_wait == NULL);
+    CHECK_EQ(world.counters.packets_tx, 1);
+    CHECK_EQ(nb_ledger_owned(world.tx_ledger, NB_OWNER_DEVICE), 0);
+    world_close(&world);
 }

@@ -9,6 +9,7 @@
 uint32_t jitter_every;
 bool stores_are_late;
 int (*instead_of_poll)(struct pollfd *fds, nfds_t count, int timeout);
+void (*before_epoll_wait)(void);
 
 static uint32_t draw(void)
 {
@@ -86,6 +87,8 @@ int __wrap_epoll_wait(int fd, struct epoll_event *events, int most, int timeout)
 {
     drain_stores();
     jitter();
+    if (before_epoll_wait)
+        before_epoll_wait();
     int ready = __real_epoll_wait(fd, events, most, timeout);
     jitter();
     return ready;

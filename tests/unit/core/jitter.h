@@ -23,6 +23,8 @@ bool stored_late(const void *word, uint32_t *value);
 /* Every late store of this thread, in order. Also to be called when a thread is done with the core. */
 void drain_stores(void);
 
+/* Before epoll_wait(), if not NULL: when the core has looked for the last time. */
+extern void (*before_epoll_wait)(void);
 /* In place of poll(), if not NULL. */
 extern int (*instead_of_poll)(struct pollfd *fds, nfds_t count, int timeout);
 int real_poll(struct pollfd *fds, nfds_t count, int timeout);

@@ -14,6 +14,7 @@ def main(what: str, length: int, tally: str, interface: str) -> None:
         port.setsockopt(SOL_PACKET, PACKET_IGNORE_OUTGOING, 1)
         port.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 16 << 20)
         port.bind((interface, 0 if what == "transmit" else ETH_P_ALL))
+        print("frames_packet: serving frames", file=sys.stderr, flush=True)
         frame = bytearray(2048)
         room = memoryview(frame)
         frame[:14] = b"\xff\xff\xff\xff\xff\xff\x02\0\0\0\0\2\x88\xb5"

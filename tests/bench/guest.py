@@ -256,6 +256,8 @@ class _Packet(_Driver):
     def working(self, what: str) -> Iterator[Callable[[], int]]:
         words = [*self._program, what, str(LENGTH), TALLY, self._interface]
         with self._guest.start(words) as process:
+            if self._program[0] == "python3":  # which takes its time to begin
+                testbed.wait_for_line(process, r" serving ")
             yield lambda: _tally(self._guest)
             if not process.running:
                 raise RuntimeError(f"{' '.join(words)} ended: {process.stderr}")

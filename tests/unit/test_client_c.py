@@ -95,28 +95,36 @@ class Probe:
         return self.line()
 
     def end(self) -> None:
-        """Closes the session; nothing may be left of it, and the sanitizers have nothing to say."""
-        out, err = self.process.communicate(timeout=DEADLINE_SECONDS)
-        assert (self.process.returncode, err) == (0, "")
+        """Closes the session; nothing may be left of it, and the sanitizers have nothing to say. Once is enough."""
+        process = self.process
+        if process.returncode is not None:
+            return
+        assert process.stdin is not None and process.stdout is not None and process.stderr is not None
+        overdue = threading.Timer(DEADLINE_SECONDS, process.kill)
+        overdue.start()
+        process.stdin.close()
+        # Not communicate(): that knows nothing of what readline() has read ahead.
+        out, err = process.stdout.read(), process.stderr.read()
+        assert (process.wait(), err) == (0, "")
+        overdue.cancel()
         assert out.endswith("files 0\n")
 
 
 @contextmanager
 def probing(library: Path, path: Path, *words: str) -> Iterator[Probe]:
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [library / "probe", path, *words],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-    )
-    try:
-        probe = Probe(process)
-        yield probe
-        probe.end()
-    finally:
-        process.kill()
-        process.communicate()
+    ) as process:
+        try:
+            probe = Probe(process)
+            yield probe
+            probe.end()
+        finally:
+            process.kill()
 
 
 @contextmanager

@@ -52,11 +52,16 @@ class PortListener:
         self.socket = stack.enter_context(
             socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
         )
-        self.socket.bind(self.path)
+        # A client that waits for the socket may find it at any moment from here on. Until `listen` it must be told that
+        # nobody listens yet, which passes, and never that it has no permission, which does not.
+        umask = os.umask(0)
+        try:
+            self.socket.bind(self.path)
+        finally:
+            os.umask(umask)
         stack.callback(_unlink_own, self.path, _identity(self.path))
-        # Before listen: nobody can connect in between.
-        os.chmod(self.path, mode)
         os.chown(self.path, owner, -1)
+        os.chmod(self.path, mode)
         self.socket.listen(_BACKLOG)
 
     @classmethod

@@ -12,8 +12,9 @@ import resource
 import select
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -619,6 +620,28 @@ def test_the_socket_file_has_the_mode_it_was_given(path: Path) -> None:
         assert path.stat().st_mode & 0o777 == 0o620
         assert path.parent.stat().st_mode & 0o022 == 0
     assert not path.exists()
+
+
+def test_a_client_that_is_early_is_never_told_that_it_may_not(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the moment that the file is there, whoever may connect later can, and is told that nobody listens."""
+    seen = []
+
+    def look(step: str, real: Callable[..., None], *arguments: object) -> None:
+        early = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with early, pytest.raises(ConnectionRefusedError):
+            early.connect(str(path))
+        seen.append((step, path.stat().st_mode & 0o777))
+        real(*arguments)
+
+    for step in ("chown", "chmod"):
+        monkeypatch.setattr(os, step, partial(look, step, getattr(os, step)))
+    before = os.umask(0o077)
+    try:
+        PortListener(path, mode=0o600, owner=os.geteuid()).close()
+        assert os.umask(0o077) == 0o077, "as it was"
+    finally:
+        os.umask(before)
+    assert seen == [("chown", 0o777), ("chmod", 0o777)]
 
 
 def test_a_live_socket_is_not_stolen(server: PortServer, path: Path) -> None:

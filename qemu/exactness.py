@@ -30,7 +30,7 @@ class Exchange:
     twice: list[bytes] = field(default_factory=list)
     """Replies that came once more than they were due."""
     reordered: int = 0
-    """Replies that came after the reply to a frame sent later."""
+    """Replies that came after the reply to a frame of the same flow that was sent later."""
     rtt_ns: list[int] = field(default_factory=list)
     """Round-trip time of each reply, as this process saw it."""
     seconds: float = 0.0

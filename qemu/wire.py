@@ -288,20 +288,22 @@ class Wire(SuperSocket):  # type: ignore[misc]
         window: int = 32,
         timeout: float = 5.0,
         ignore: Callable[[bytes], bool] = lambda _: False,
+        flow: Callable[[bytes], object] = lambda _: None,
         progress: Callable[[Exchange], None] | None = None,
     ) -> Exchange:
         """Send frames, at most `window` of them unanswered at any moment, and match what comes back.
 
         `reply` tells what the answer to a frame has to be. Ends when everything is answered or when no answer came
-        for `timeout` seconds. Frames for which `ignore` is true do not count. Never raises on a difference: see
-        Exchange.check(). An extra frame that comes after the last answer is found by the next call, so end with
-        a call that matters little, or with expect([]).
+        for `timeout` seconds. Frames for which `ignore` is true do not count. Answers keep their order when they are of
+        one `flow`: all are, unless it says otherwise. Never raises on a difference: see Exchange.check(). An extra
+        frame that comes after the last answer is found by the next call, so end with a call that matters little, or
+        with expect([]).
         """
         outcome = Exchange()
         due: dict[bytes, collections.deque[tuple[int, int]]] = {}
         answered: set[bytes] = set()
         outstanding = 0
-        latest = -1
+        latest: dict[object, int] = {}
         source = iter(frames)
         more = True
         began = progressed = time.monotonic()
@@ -330,8 +332,9 @@ class Wire(SuperSocket):  # type: ignore[misc]
                     outstanding -= 1
                     outcome.received += 1
                     outcome.rtt_ns.append(at - sent_at)
-                    outcome.reordered += index < latest
-                    latest = max(latest, index)
+                    last = latest.get(of := flow(data), -1)
+                    outcome.reordered += index < last
+                    latest[of] = max(last, index)
                     progressed = time.monotonic()
                 elif ignore(data):
                     continue

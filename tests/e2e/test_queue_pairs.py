@@ -1,38 +1,79 @@
-"""Several queue pairs on QEMU's device: flows are spread over them, and every frame comes back.
+"""Several queue pairs on QEMU's device, with every kind of ring: flows are spread over them, every frame comes back.
 
 QEMU's datagram wire has one queue, so here the NIC is on a TAP device of the host with as many, which takes root.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import pytest
 
 from qemu.command import Nic
 from qemu.guest import Guest
+from qemu.interface import InterfaceWire
 from qemu.session import Session
 from qemu.tap import Tap
 from tests.e2e import testbed
-from tests.e2e.traffic import GUEST_IP, HOST_IP, HOST_MAC
+from tests.e2e.rings import every_frame_comes_back, kinds
+from tests.e2e.traffic import GUEST_IP, HOST_MAC
 
 FLOWS = 64
 PACKETS = 5  # of one flow
 ANSWER_SECONDS = 30.0
 
-pytestmark = [pytest.mark.thorough, pytest.mark.needs_root]
+MOST_PAIRS = 4
+
+pytestmark = pytest.mark.needs_root
+
+# Either number of pairs with either format, interrupt and use of buffers; the rest is thorough.
+QUICK = {"packed-msix-merging-2", "packed-intx-merging-4", "split-msix-one-buffer-4", "split-intx-one-buffer-2"}
+PRODUCT = [
+    pytest.param(irq, off, pairs, id=name, marks=[] if name in QUICK else pytest.mark.thorough)
+    for (ring, irq, off), pairs in itertools.product(kinds(), (2, MOST_PAIRS))
+    for name in [f"{ring}-{pairs}"]
+]
 
 
-def udp(mac: str, flow: int) -> bytes:
-    from scapy.layers.inet import IP, UDP
-    from scapy.layers.l2 import Ether
-    from scapy.packet import Raw
+@dataclass
+class Several:
+    """A guest whose NIC has four queue pairs and every ring feature that QEMU knows, and the host's end of its wire."""
 
-    layers = Ether(dst=mac, src=HOST_MAC) / IP(src=HOST_IP, dst=GUEST_IP) / UDP(sport=20000 + flow, dport=7)
-    return bytes(layers / Raw(flow.to_bytes(4, "big") * 16))
+    guest: Guest
+    tap: Tap
+    wire: InterfaceWire
+    cases: Iterator[int]
+
+    def ports(self) -> Sequence[int]:
+        """Flows that no case has had: the kernel sends a flow for some seconds to the queue that it last came from."""
+        first = 20000 + FLOWS * next(self.cases)
+        return range(first, first + FLOWS)
+
+
+@pytest.fixture(scope="module")
+def several(guests: Session) -> Iterator[Several]:
+    with Tap(queues=MOST_PAIRS, offloads=False) as tap:
+        nic = Nic(wire=tap, properties={"mq": "on", "packed": "on", "vectors": 2 * MOST_PAIRS + 2})
+        with guests.boot("pairs", nics=[nic]) as guest:
+            mac = str(guest.machine.nics[0].mac)
+            wire = tap.inside(lambda: InterfaceWire(tap.name, mac, guest.artefacts / "wire.pcap"))
+            yield Several(guest, tap, wire, itertools.count())
+            tap.inside(wire.close)
+            assert not wire.noise
+            assert not tap.dropped()
+
+
+@pytest.mark.parametrize(("irq", "off", "pairs"), PRODUCT)
+def test_every_frame_comes_back_over_these_rings(several: Several, irq: str, off: Sequence[str], pairs: int) -> None:
+    every_frame_comes_back(several.guest, several.wire, irq, off, pairs, several.ports())
+    assert not several.tap.dropped()
+
+
+# ---- Receive-side scaling
 
 
 @dataclass
@@ -76,43 +117,6 @@ def scaling(guests: Session) -> Iterator[Scaling]:
             bed.stop()
 
 
-@pytest.fixture(params=[2, 4])
-def pairs(request: pytest.FixtureRequest) -> int:
-    count: int = request.param
-    return count
-
-
-@pytest.fixture
-def tap(pairs: int) -> Iterator[Tap]:
-    with Tap(queues=pairs, offloads=False) as made:
-        # The host has nothing to say on it by itself.
-        made.run(["sh", "-c", f"echo 1 > /proc/sys/net/ipv6/conf/{made.name}/disable_ipv6"])
-        yield made
-
-
-def test_flows_are_spread_and_every_frame_comes_back(guests: Session, tap: Tap, pairs: int) -> None:
-    nic = Nic(wire=tap, properties={"mq": "on", "vectors": 2 * pairs + 2})
-    with (
-        guests.boot(f"pairs-{pairs}", nics=[nic], snapshot=False) as guest,
-        testbed.running(guest, options=["--queue-pairs", str(pairs)]) as bed,
-    ):
-        tap.packets.settimeout(ANSWER_SECONDS)
-        for _ in range(4):
-            exchange(tap, [udp(bed.mac, number) for number in range(FLOWS)])
-        path = f"/machine/peripheral/{nic.id}/virtio-backend"
-        used = [
-            guest.qmp("x-query-virtio-queue-status", path=path, queue=queue)["used-idx"] for queue in range(2 * pairs)
-        ]
-        counters = bed.counters()
-        bed.stop()
-    assert sum(used[0::2]) == counters["packets_rx"]
-    assert sum(used[1::2]) == counters["packets_tx"]
-    assert sum(1 for queue in used[0::2] if queue) > 1, f"all frames came on one queue: {used}"
-
-
-# ---- Receive-side scaling
-
-
 def flow(mac: str, kind: str, number: int) -> list[bytes]:
     """Frames of one flow, no two alike."""
     from scapy.layers.inet import ICMP, IP, TCP, UDP
@@ -130,6 +134,7 @@ def flow(mac: str, kind: str, number: int) -> list[bytes]:
     return [bytes(head / upper / Raw(bytes([number, packet]) * 16)) for packet in range(PACKETS)]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", ["ip4", "tcp4", "udp4", "tcp6", "udp6"])
 def test_rss_keeps_a_flow_on_one_queue_and_spreads_flows(scaling: Scaling, kind: str) -> None:
     queues = set()
@@ -142,6 +147,7 @@ def test_rss_keeps_a_flow_on_one_queue_and_spreads_flows(scaling: Scaling, kind:
     assert len(queues) == 4, f"{FLOWS} flows came on queues {queues} only"
 
 
+@pytest.mark.thorough
 def test_rss_leaves_what_has_no_hash_to_the_first_queue(scaling: Scaling) -> None:
     before = scaling.received()
     head = bytes.fromhex((scaling.bed.mac + HOST_MAC).replace(":", ""))
@@ -150,6 +156,7 @@ def test_rss_leaves_what_has_no_hash_to_the_first_queue(scaling: Scaling) -> Non
     assert moved == [FLOWS, 0, 0, 0]
 
 
+@pytest.mark.thorough
 def test_rss_is_what_was_agreed(scaling: Scaling) -> None:
     told = json.loads(scaling.guest.run(testbed.netbridge("features", "--json")).stdout)
     assert told["queue_pairs"] == 4

@@ -7,7 +7,7 @@ came back once.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ SHORTEST, LONGEST = 60, 1514  # bytes of an Ethernet frame without its check seq
 BURST = 256
 HOST_MAC = "52:54:00:00:00:fe"
 HOST_IP, GUEST_IP = "192.0.2.1", "192.0.2.2"  # TEST-NET-1 (RFC 5737)
+UDP_PORT, UDP_PROTOCOL = 40000, 17
 RAW_ETHERTYPE = 0x88B5  # for local experiments (IEEE 802)
 
 
@@ -39,6 +40,11 @@ class Phase:
 def reflected(frame: bytes) -> bytes:
     """What the echo service sends back for a frame: the same with its MAC addresses exchanged."""
     return frame[6:12] + frame[:6] + frame[12:]
+
+
+def source_port(frame: bytes) -> bytes:
+    """Which of a Generator's flows the frame belongs to: that of its UDP port, or the one of all that is not UDP."""
+    return frame[34:36] if frame[12:14] == b"\x08\x00" and frame[23] == UDP_PROTOCOL else b""
 
 
 def every_size() -> Iterator[int]:
@@ -67,10 +73,12 @@ class Generator:
             self._fill(head / ICMP(id=i >> 16, seq=i & 0xFFFF), size) for i, size in self._numbered_sizes(count)
         )
 
-    def udp(self, count: int) -> tuple[bytes, ...]:
-        """UDP datagrams of every size."""
-        head = self._ether / IP(src=HOST_IP, dst=GUEST_IP) / UDP(sport=40000, dport=7)
-        return tuple(self._fill(head, size, i.to_bytes(4, "big")) for i, size in self._numbered_sizes(count))
+    def udp(self, count: int, ports: Sequence[int] = (UDP_PORT,)) -> tuple[bytes, ...]:
+        """UDP datagrams of every size, from these ports in turns."""
+        heads = [self._ether / IP(src=HOST_IP, dst=GUEST_IP) / UDP(sport=port, dport=7) for port in ports]
+        return tuple(
+            self._fill(heads[i % len(heads)], size, i.to_bytes(4, "big")) for i, size in self._numbered_sizes(count)
+        )
 
     def raw(self, count: int) -> tuple[bytes, ...]:
         """Frames of no known protocol, of every size."""

@@ -6,8 +6,9 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from scapy.layers.inet import IP, UDP
@@ -283,6 +284,24 @@ def test_an_exchange_counts_what_went_wrong(wire: Wire, echo: Callable[..., Echo
     assert (outcome.lost, outcome.twice, outcome.extra) == ([sent[0]], [sent[1]], [b"\x99" * 60])
     with pytest.raises(WireMismatch, match=r"6 frames sent, 5 came back: 1 lost, 1 extra, 1 twice, 1 out of order"):
         outcome.check()
+
+
+def test_flows_overtake_each_other_and_within_one_nothing_does(wire: Wire, echo: Callable[..., Echo]) -> None:
+    sent = frames(4)
+
+    def displaced(order: Sequence[int], **options: Any) -> int:
+        held: list[bytes] = []
+
+        def when_all_are_there(data: bytes) -> list[bytes]:
+            held.append(data)
+            return [sent[at] for at in order] if len(held) == len(sent) else []
+
+        with echo(when_all_are_there):
+            return wire.exchange(sent, **options).reordered
+
+    assert displaced((2, 3, 0, 1)) == 2
+    assert displaced((2, 3, 0, 1), flow=lambda data: sent.index(data) // 2) == 0
+    assert displaced((3, 2, 0, 1), flow=lambda data: sent.index(data) // 2) == 1
 
 
 def test_an_exchange_ignores_what_it_is_told_to(wire: Wire, echo: Callable[..., Echo]) -> None:

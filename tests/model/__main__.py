@@ -105,6 +105,26 @@ PACKED_MUTANTS = {
     ("EVENTS", "EVENT_WITHOUT_WRAP"): "SC",
 }
 
+WAYS: dict[tuple[str, str], dict[str, str | int]] = {
+    ("virtqueue", "PASSES"): {"CHAINS": 3, "START": 6},
+    ("virtqueue", "PAIRS"): {"CHAINS": 4, "START": 6},
+    ("packed", "PASSES"): {"CHAINS": 4},
+    ("packed", "PAIRS"): {"CHAINS": 4},
+}
+"""Devices that ask for notifications in QEMU's ways."""
+
+LARGER: dict[str, str | int] = {"SIZE": 3, "CHAINS": 6}
+"""Positions of a packed ring wrap at its size, so what holds for one size says least about others."""
+
+WAY_MUTANTS = {
+    ("virtqueue", "PAIRS"): ("BY_THE_LETTER",),
+    ("packed", "PASSES"): ("BY_THE_LETTER", "USED_IS_FORGOTTEN", "WHOLE_LAP_IS_FORGOTTEN", "DEVICE_IS_LEFT_ASLEEP"),
+    ("packed", "PAIRS"): ("BY_THE_LETTER",),
+}
+
+LETTER_SUFFICES = (("virtqueue", "LETTER"), ("virtqueue", "PASSES"), ("packed", "LETTER"))
+"""For what BY_THE_LETTER leaves out there is no need: controls."""
+
 DRIVER_CASES: dict[str, dict[str, str | int]] = {
     "ECHO": {"CLIENT": "ECHO", "FRAMES": 1, "TX_BUFFERS": 1, "CONTROLS": 0},
     "HOLDER": {"CLIENT": "HOLDER", "PIECES": 2, "RX_QUEUE": 4, "RX_BUFFERS": 4, "RX_LIMIT": 2, "CONTROLS": 0},
@@ -137,6 +157,9 @@ OWNERSHIP_MUTANTS = (
     "NO_SHADOW",
 )
 
+ORDERED: dict[str, str | int] = {"ORDERED": 1, "BUFFERS": 3, "LEASES": 2, "SESSIONS": 2}
+ORDERED_MUTANTS = ("ONE_TOO_MANY", "NAMED_ALONE", "OLDEST_STAYS", "BATCH_STAYS", "NO_SHADOW")
+
 MEMORIES = ("SC", "TSO", "PSO", "WEAK")
 
 
@@ -163,6 +186,8 @@ def all_runs() -> Iterator[Run]:
     for (form, mutant), memory in PACKED_MUTANTS.items():
         yield Run("packed", {"MEMORY": memory, "FORM": form}, mutant, must_fail=True)
 
+    yield from _runs_of_devices_with_ways()
+
     for case in DRIVER_CASES.values():
         yield Run("driver_sleep", {"MEMORY": "SC", **case})
     for mutant, case_name in DRIVER_MUTANTS.items():
@@ -171,6 +196,26 @@ def all_runs() -> Iterator[Run]:
     yield Run("ownership", {})
     for mutant in OWNERSHIP_MUTANTS:
         yield Run("ownership", {}, mutant, must_fail=True)
+    yield Run("ownership", ORDERED)
+    for mutant in ORDERED_MUTANTS:
+        yield Run("ownership", ORDERED, mutant, must_fail=True)
+
+
+def _runs_of_devices_with_ways() -> Iterator[Run]:
+    for (model, way), bounds in WAYS.items():
+        for form in ("FLAGS", "EVENTS"):
+            for memory in MEMORIES:
+                yield Run(model, {"MEMORY": memory, "FORM": form, "WAY": way, **bounds})
+        if model == "packed":
+            for memory in ("SC", "TSO"):
+                yield Run(model, {"MEMORY": memory, "FORM": "EVENTS", "WAY": way, **LARGER})
+    for (model, way), mutants in WAY_MUTANTS.items():
+        for mutant in mutants:
+            bounds = WAYS[model, way]
+            yield Run(model, {"MEMORY": "SC", "FORM": "EVENTS", "WAY": way, **bounds}, mutant, must_fail=True)
+    for model, way in LETTER_SUFFICES:
+        bounds = WAYS.get((model, way), WAYS[model, "PASSES"])
+        yield Run(model, {"MEMORY": "WEAK", "FORM": "EVENTS", "WAY": way, **bounds}, "BY_THE_LETTER")
 
 
 def _call(argv: list[str], cwd: Path) -> str:

@@ -3,13 +3,18 @@
  * The verbs are those of netbridge/datapath/core/ledger.h (take_for_device, put_free, lend, check) and virtqueue.h (add,
  * take), as the pump uses them: BUFFERS buffers, a queue of as many descriptors. The client presents any handle it can
  * make up, at any time: every session, lease and index, those beyond the region too. The device says that it used any
- * chain, at any time. The lease is 16 bits wide in C and wraps at
- * LEASES here; there are SESSIONS sessions (after 65,535 of them the numbers begin anew).
+ * chain, at any time. The lease is 16 bits wide in C and wraps at LEASES here; there are SESSIONS sessions (after 65,535 of
+ * them the numbers begin anew).
  *
- * Beside the ledger a second account is kept, of what really happened: `whose`, and the handle that the client was last
- * given for each buffer. Properties: the two agree; no buffer is twice among the free ones or in the queue, so it never
- * has two owners; a handle is accepted only if it is the one last given for a buffer that is the client's now. So one that
- * is forged, stale, repeated or of an earlier session is refused.
+ * ORDERED: IN_ORDER (virtio 1.3 §2.7.9, §2.8.9). What the device names stands for all chains from the oldest to that one
+ * (ring_begin_batch); they are taken one by one (ring_next_of_batch), and refills, the client's doings or the end of the
+ * session may come between. Descriptors are used in a circle.
+ *
+ * Beside the ledger a second account is kept, of what really happened: `whose`, the handle that the client was last given
+ * for each buffer and, with ORDERED, which chains the device has in which order. Properties: the two agree; no buffer is
+ * twice among the free ones or in the queue, so it never has two owners; a handle is accepted only if it is the one last
+ * given for a buffer that is the client's now. So one that is forged, stale, repeated or of an earlier session is
+ * refused. ORDERED: no buffer is taken from a chain of which the device has not said that it is done with it.
  */
 #ifndef BUFFERS
 #define BUFFERS 2
@@ -19,6 +24,9 @@
 #endif
 #ifndef SESSIONS
 #define SESSIONS 3
+#endif
+#ifndef ORDERED
+#define ORDERED 0
 #endif
 
 #define FREE 0      /* NB_OWNER_DRIVER */
@@ -35,11 +43,23 @@ byte free_stack[BUFFERS];
 byte carried[BUFFERS];
 bool in_flight[BUFFERS];
 byte session = 1, sessions = 1;
+#if ORDERED
+byte free_head, oldest, batch_left;
+#ifdef MUTANT_NAMED_ALONE
+byte named;
+#endif
+#endif
 
 /* What really happened. */
 byte whose[BUFFERS];
 byte given_session[BUFFERS];
 byte given_lease[BUFFERS];
+#if ORDERED
+byte order[BUFFERS];            /* the descriptors that the device has, the oldest first */
+byte ordered;                   /* how many */
+bool holds[BUFFERS];            /* whether a descriptor is among them */
+#endif
+
 #ifdef MUTANT_NO_SHADOW
 #define BELIEVED(descriptor) true
 #else
@@ -70,6 +90,19 @@ inline start_session() {
     owned[FREE] = BUFFERS;
     owned[DEVICE] = 0;
     owned[CLIENT] = 0;
+#if ORDERED
+    free_head = 0;
+    oldest = 0;
+#ifndef MUTANT_BATCH_STAYS
+    batch_left = 0;
+#endif
+    ordered = 0;
+    i_ = 0;
+    do
+    :: i_ < BUFFERS -> order[i_] = 0; holds[i_] = false; i_++
+    :: else -> break
+    od;
+#endif
     i_ = 0
 }
 
@@ -154,11 +187,105 @@ inline audit() {
     j_ = 0
 }
 
+#if ORDERED
+#define AFTER(descriptor) (((descriptor) + 1) % BUFFERS)
+
+inline give_to_device() {
+    assert(!in_flight[free_head] && !holds[free_head]);
+    buffer_ = free_stack[owned[FREE] - 1];
+    move_owner(buffer_, DEVICE);
+    whose[buffer_] = DEVICE;
+    carried[free_head] = buffer_;
+    in_flight[free_head] = true;
+    order[ordered] = free_head;
+    ordered++;
+    holds[free_head] = true;
+    free_head = AFTER(free_head)
+}
+
+/* What the device means by naming a chain: it is done with this one and all before it. */
+inline let_go_up_to(descriptor) {
+    do
+    :: holds[descriptor] ->
+        holds[order[0]] = false;
+        ordered--;
+        i_ = 0;
+        do
+        :: i_ < ordered -> order[i_] = order[i_ + 1]; i_++
+        :: else -> break
+        od;
+        order[ordered] = 0
+    :: else -> break
+    od
+}
+
+/* ring_check, ring_begin_batch; `most`: how many chains there are by the used index, or in flight at most. */
+inline begin_batch(descriptor, most) {
+    i_ = oldest;
+    j_ = 1;
+    do
+    :: i_ != descriptor && j_ <= most -> i_ = AFTER(i_); j_++
+    :: else -> break
+    od;
+#ifdef MUTANT_ONE_TOO_MANY
+    batch_left = (j_ <= most -> j_ + 1 : 0)
+#else
+    batch_left = (j_ <= most -> j_ : 0)
+#endif
+}
+
+/* ring_next_of_batch, ring_unbook: `buffer_` is what comes back. */
+inline take_next() {
+    batch_left--;
+#ifdef MUTANT_NAMED_ALONE
+    i_ = named;
+#else
+    i_ = oldest;
+#endif
+    assert(in_flight[i_] && !holds[i_]);
+    in_flight[i_] = false;
+    buffer_ = carried[i_];
+    carried[i_] = 0;
+#ifndef MUTANT_OLDEST_STAYS
+    oldest = AFTER(oldest)
+#endif
+}
+#endif
+
 active proctype world() {
     byte a_session, a_lease, an_index, descriptor;
+#if ORDERED
+    byte most;
+#endif
     d_step { start_session(); i_ = 0; do :: i_ < BUFFERS -> given_session[i_] = 0; i_++ :: else -> break od; i_ = 0 };
     skip;
     do
+#if ORDERED
+    :: d_step { owned[FREE] > 0 -> give_to_device(); audit() }
+    ::  batch_left == 0 ->
+        select(descriptor : 0 .. BUFFERS);
+        select(most : 1 .. BUFFERS);
+        skip;
+        d_step {
+            if
+            :: descriptor < BUFFERS ->
+                let_go_up_to(descriptor);
+                if
+                :: BELIEVED(descriptor) -> begin_batch(descriptor, most)
+                :: else -> skip
+                fi
+            :: else -> skip
+            fi;
+#ifdef MUTANT_NAMED_ALONE
+            named = descriptor;
+#endif
+            audit();
+            descriptor = 0;
+            most = 0
+        }
+    :: d_step { batch_left > 0 -> take_next(); lend(buffer_); audit() }
+    :: d_step { batch_left > 0 -> take_next(); put_free(buffer_); audit() }
+#else
     /* Refill: a free buffer into the queue, on any free descriptor. */
     :: owned[FREE] > 0 ->
         select(descriptor : 0 .. BUFFERS - 1);
@@ -187,6 +314,7 @@ active proctype world() {
             descriptor = 0 }
         :: else -> descriptor = 0      /* a fault: the session ends, below */
         fi
+#endif
     /* The client gives something back, or sends it. */
     ::  select(a_session : 1 .. SESSIONS);
         select(a_lease : 0 .. LEASES - 1);

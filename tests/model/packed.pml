@@ -6,6 +6,12 @@
  * suppression structures say on or off. EVENTS: EVENT_IDX, where they say at which position (§2.8.10). A structure is one
  * word here: to see its two halves at different times costs nothing, since who armed looks once more in any case.
  *
+ * WAY is how the device asks to be notified. LETTER: as the specification has it; after each look that found something it
+ * asks anew before it sleeps. PASSES: QEMU, virtio_net_tx_bh and virtio_net_tx_complete. Its wire may be full; while it is,
+ * the device listens to no notification, though it may ask for one for a moment. When the wire has room it asks, takes what
+ * there is and sleeps, and virtqueue_packed_pop does not move the position on. PAIRS: QEMU before 9.1,
+ * virtio_net_has_buffers. It takes two chains or none; if its second look finds one, it sleeps without asking anew.
+ *
  * CHAINS chains of one descriptor go through a ring of SIZE. Positions count two laps; START lets them wrap during the
  * run. Chain n carries the number n, and comes back as that and USED_MARK.
  *
@@ -14,9 +20,18 @@
  */
 #define FLAGS 0
 #define EVENTS 1
+#define LETTER 0
+#define PASSES 1
+#define PAIRS 2
 
 #ifndef FORM
 #define FORM FLAGS
+#endif
+#ifndef WAY
+#define WAY LETTER
+#endif
+#ifndef SIZE
+#define SIZE 2
 #endif
 #ifndef CHAINS
 #define CHAINS 4
@@ -25,7 +40,6 @@
 #define START 3
 #endif
 
-#define SIZE 2
 #define LAPS (2 * SIZE)
 #define DRIVER 0
 #define DEVICE 1
@@ -54,10 +68,19 @@
 #define USED(position) (WRAP(position) -> 3 : 0)
 
 #ifdef MUTANT_EVENT_WITHOUT_WRAP
-#define NEED_EVENT(event, next, fresh) ((OFFSET(next) + SIZE - OFFSET(event) + SIZE - 1) % SIZE < fresh && fresh < SIZE)
+#define EVENT(word) OFFSET(word - AT)                   /* packed_event */
 #else
-#define NEED_EVENT(event, next, fresh) ((next + LAPS - event + LAPS - 1) % LAPS < fresh)
+#define EVENT(word) (word - AT)
 #endif
+#define AHEAD(event) ((event + LAPS - done) % LAPS)
+#if defined(MUTANT_BY_THE_LETTER) || defined(MUTANT_USED_IS_FORGOTTEN)
+#define HAS_USED(event) false
+#elif defined(MUTANT_WHOLE_LAP_IS_FORGOTTEN)
+#define HAS_USED(event) (AHEAD(event) > SIZE)
+#else                                                   /* packed_has_used */
+#define HAS_USED(event) (AHEAD(event) > SIZE || (AHEAD(event) == SIZE && added - seen_used != SIZE))
+#endif
+#define PASSED(event) ((next + LAPS - event + LAPS - 1) % LAPS < unnotified)
 
 bool notified, interrupt;
 hidden byte entry_;
@@ -71,7 +94,7 @@ inline tell_driver() {
 }
 
 proctype driver() {
-    byte next = START, shown = START, done = START, word_, entry, added, fresh, seen_used;
+    byte next = START, shown = START, done = START, word_, entry, added, fresh, unnotified, seen_used;
     do
     :: added < CHAINS && added - seen_used < SIZE ->
         atomic { added++; fresh++ };
@@ -95,10 +118,16 @@ proctype driver() {
 #ifndef MUTANT_NO_PUBLISH_FENCE
         fence_store_load(DRIVER);
 #endif
-        load_acquire(DRIVER, FOR_DEVICE, word_);
+#ifdef MUTANT_BY_THE_LETTER
+        unnotified = fresh;
+#else                                                   /* ring_note_publication */
+        unnotified = (unnotified + fresh < LAPS -> unnotified + fresh : LAPS - 1);
+#endif
+        load_acquire(DRIVER, FOR_DEVICE, word_);        /* packed_wants_notification */
         if
-        :: word_ == ON -> tell_device()
-        :: word_ >= AT && NEED_EVENT((word_ - AT), next, fresh) -> tell_device()
+        :: word_ == ON || (word_ >= AT && (HAS_USED(EVENT(word_)) || PASSED(EVENT(word_)))) ->
+            tell_device();
+            unnotified = 0
         :: else -> skip
         fi;
         atomic { fresh = 0; word_ = 0 }
@@ -117,7 +146,11 @@ proctype driver() {
             word_ = 0;
             if
             :: seen_used == CHAINS -> break
+#if WAY == PAIRS
+            :: seen_used != added && (added - seen_used == SIZE || added == CHAINS) ->   /* one is too few */
+#else
             :: seen_used != added ->
+#endif
 #if FORM == FLAGS
                 store_once(DRIVER, FOR_DRIVER, ON);
 #else
@@ -133,58 +166,146 @@ proctype driver() {
 #endif
                 if
                 :: word_ == USED(done) -> skip
-                :: else -> atomic { interrupt -> interrupt = false; look_freshly(DRIVER) }
+                :: else ->
+#ifndef MUTANT_DEVICE_IS_LEFT_ASLEEP
+                    load_acquire(DRIVER, FOR_DEVICE, word_);    /* wake_devices, packed_sleeps_on */
+                    if
+                    :: word_ >= AT && HAS_USED(EVENT(word_)) -> tell_device()
+                    :: else -> skip
+                    fi;
+#endif
+                    atomic { interrupt -> interrupt = false; look_freshly(DRIVER) }
                 fi;
                 word_ = 0;
                 store_once(DRIVER, FOR_DRIVER, OFF)
+#if WAY == PAIRS
+            :: added - seen_used != SIZE && added < CHAINS -> skip
+#else
             :: seen_used == added && added < CHAINS -> skip
+#endif
             fi
         fi
     od
 }
 
+inline take_one() {
+    load_once(DEVICE, DESC + OFFSET(position), entry);
+    assert(entry == taken + 1)
+}
+
+inline use_one() {
+    store_once(DEVICE, DESC + OFFSET(position), entry + USED_MARK);
+    store_release(DEVICE, TURN + OFFSET(position), USED(position));
+    atomic { taken++; entry = 0; word_ = 0 };
+    fence_store_load(DEVICE);
+    load_acquire(DEVICE, FOR_DRIVER, word_);
+    if
+    :: word_ == ON || word_ == AT + position -> tell_driver()
+    :: else -> skip
+    fi;
+    atomic { position = LATER(position); word_ = 0 }
+}
+
+inline ask_at(where) {
+#if FORM == FLAGS
+    store_once(DEVICE, FOR_DEVICE, ON);
+#else
+    store_once(DEVICE, FOR_DEVICE, AT + where);
+#endif
+#ifndef MUTANT_DEVICE_WITHOUT_FENCE
+    fence_store_load(DEVICE)
+#else
+    skip
+#endif
+}
+
+/* With EVENT_IDX a device need not say that it wants to hear of nothing: to have passed its position says it. QEMU does. */
+inline ask_no_more() {
+#if FORM == FLAGS || WAY != LETTER
+    store_once(DEVICE, FOR_DEVICE, OFF)
+#else
+    skip
+#endif
+}
+
+/* `asked`: it has asked, and looks once more before it sleeps. */
 proctype device() {
     byte position = START, word_, entry, taken;
+    bool asked;
+#if WAY == PAIRS
+    byte found;
     do
     ::  load_acquire(DEVICE, TURN + OFFSET(position), word_);
         if
         :: word_ == AVAILABLE(position) ->
-            load_once(DEVICE, DESC + OFFSET(position), entry);
-            assert(entry == taken + 1);
-            store_once(DEVICE, DESC + OFFSET(position), entry + USED_MARK);
-            store_release(DEVICE, TURN + OFFSET(position), USED(position));
-            atomic { taken++; entry = 0; word_ = 0 };
-            fence_store_load(DEVICE);
-            load_acquire(DEVICE, FOR_DRIVER, word_);
+            found = 1;
+            load_acquire(DEVICE, TURN + OFFSET(LATER(position)), word_);
             if
-            :: word_ == ON || word_ == AT + position -> tell_driver()
+            :: word_ == AVAILABLE(LATER(position)) -> found = 2
             :: else -> skip
-            fi;
-            atomic { position = LATER(position); word_ = 0 }
-        :: else ->
-            word_ = 0;
-#if FORM == FLAGS
-            store_once(DEVICE, FOR_DEVICE, ON);
-#else
-            store_once(DEVICE, FOR_DEVICE, AT + position);
-#endif
-#ifndef MUTANT_DEVICE_WITHOUT_FENCE
-            fence_store_load(DEVICE);
-#endif
-            load_acquire(DEVICE, TURN + OFFSET(position), word_);
-            if
-            :: word_ == AVAILABLE(position) -> skip
-            :: else ->
+            fi
+        :: else -> skip
+        fi;
+        word_ = 0;
+        if
+        :: found == 2 ->
+            atomic { found = 0; asked = false };
+            ask_no_more();
+            take_one();
+            use_one();
+            take_one();
+            use_one()
+        :: found < 2 && !asked -> ask_at((position + found) % LAPS); atomic { found = 0; asked = true }
+        :: found < 2 && asked ->
+            atomic { found = 0; asked = false };
 end_idle:
-                atomic { notified -> notified = false; look_freshly(DEVICE) }
-            fi;
-            word_ = 0
-#if FORM == FLAGS
-            ;
-            store_once(DEVICE, FOR_DEVICE, OFF)
-#endif
+            atomic { notified -> notified = false; look_freshly(DEVICE) };
+            ask_no_more()
         fi
     od
+#else
+    do
+    ::  load_acquire(DEVICE, TURN + OFFSET(position), word_);
+        if
+        :: word_ == AVAILABLE(position) ->
+            word_ = 0;
+            if
+            :: asked -> asked = false; ask_no_more()
+#if WAY == PASSES
+            :: asked -> skip
+#endif
+            :: !asked -> skip
+            fi;
+            take_one();
+#if WAY == PASSES
+            if
+            :: true -> use_one()
+            :: true ->                                  /* its wire is full */
+                ask_no_more();
+                do
+                :: ask_at(LATER(position)); notified = false; ask_no_more()
+                :: break
+                od;
+                use_one();
+                ask_at(position);
+                asked = true
+            fi
+#else
+            use_one()
+#endif
+        :: else ->
+            word_ = 0;
+            if
+            :: !asked -> ask_at(position); asked = true
+            :: asked ->
+                asked = false;
+end_idle:
+                atomic { notified -> notified = false; look_freshly(DEVICE) };
+                ask_no_more()
+            fi
+        fi
+    od
+#endif
 }
 
 init {

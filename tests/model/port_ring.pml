@@ -5,7 +5,7 @@
  *
  *   DRIVER  pump_ask_for_wakeup and pump_look_at_fds in wake.c: epoll_wait takes the edge, then the wish is withdrawn
  *   CLIENT  nb_client_wait in client.c: poll on the epoll instance, the wish is withdrawn, then the doorbell quietened
- *   LOOP    Client.arm in client.py: the doorbell is quietened before arming, and the wish never withdrawn
+ *   LOOP    Waiting.arm in netbridge/client/waiting.py: the doorbell is quietened before arming, and the wish never withdrawn
  *
  * Entry n is the number n + 1, so one that is read too early or too late shows. OTHERS times the consumer is woken by
  * something else (the control socket), and STRAY times a doorbell rings without reason, both at the worst moments.

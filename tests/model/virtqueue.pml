@@ -5,6 +5,10 @@
  * where each side instead says after which index it wants to be told (§2.7.7.1, §2.7.10.1), with vring_need_event; the
  * index wraps at 65,536 in C and at 8 here, so it wraps during the run.
  *
+ * WAY is how the device asks to be notified, as in packed.pml. LETTER: as the specification has it. PASSES: QEMU after its
+ * wire was full; virtqueue_split_pop asks anew with each chain that it takes. PAIRS: QEMU before 9.1, which takes two chains
+ * or none, and sleeps on one that came after it had asked.
+ *
  * The driver makes CHAINS chains available, in batches of any size, at most SIZE in flight; the device uses each. Either
  * side sleeps when there is nothing for it. Chain n carries the number n + 1, and is given back as that.
  *
@@ -13,9 +17,15 @@
  */
 #define FLAGS 0
 #define EVENTS 1
+#define LETTER 0
+#define PASSES 1
+#define PAIRS 2
 
 #ifndef FORM
 #define FORM FLAGS
+#endif
+#ifndef WAY
+#define WAY LETTER
 #endif
 #ifndef CHAINS
 #define CHAINS 3
@@ -72,7 +82,7 @@ inline tell_driver() {
 }
 
 proctype driver() {
-    byte added = START, published = START, done = START, word_, entry, left = CHAINS;
+    byte added = START, published = START, done = START, word_, entry, unnotified, left = CHAINS;
     do
     :: left > 0 && INDEX(added - done) < SIZE ->
         store_once(DRIVER, AVAIL_RING + added % SIZE, INDEX(added) + 1);
@@ -86,12 +96,17 @@ proctype driver() {
 #ifndef MUTANT_NO_PUBLISH_FENCE
         fence_store_load(DRIVER);
 #endif
-        load_once(DRIVER, FOR_DEVICE, word_);
+#ifdef MUTANT_BY_THE_LETTER
+        unnotified = INDEX(added - published);
+#else                                                   /* ring_note_publication */
+        unnotified = (unnotified + INDEX(added - published) < 7 -> unnotified + INDEX(added - published) : 7);
+#endif
+        load_once(DRIVER, FOR_DEVICE, word_);           /* split_wants_notification */
         if
 #if FORM == FLAGS
-        :: !word_ -> tell_device()
+        :: !word_ -> tell_device(); unnotified = 0
 #else
-        :: NEED_EVENT(word_, added, published) -> tell_device()
+        :: NEED_EVENT(word_, added, INDEX(added + 8 - unnotified)) -> tell_device(); unnotified = 0
 #endif
         :: else -> skip
         fi;
@@ -116,7 +131,11 @@ proctype driver() {
             word_ = 0;
             if
             :: left == 0 && done == added -> break
+#if WAY == PAIRS
+            :: INDEX(added - done) == SIZE || (done != added && left == 0) ->    /* one is too few */
+#else
             :: done != added ->
+#endif
 #if FORM == FLAGS
                 store_once(DRIVER, FOR_DRIVER, 0);
 #else
@@ -140,56 +159,121 @@ proctype driver() {
 #else
                 skip        /* a used_event that was passed asks for nothing until the index comes round */
 #endif
+#if WAY == PAIRS
+            :: INDEX(added - done) != SIZE && left > 0 -> skip
+#else
             :: done == added && left > 0 -> skip
+#endif
             fi
         fi
     od
 }
 
+inline take_one() {
+    load_once(DEVICE, AVAIL_RING + taken % SIZE, entry);
+    assert(entry == INDEX(taken) + 1);
+    taken = INDEX(taken + 1)
+}
+
+inline use_one() {
+    store_once(DEVICE, USED_RING + shown % SIZE, entry);
+    entry = 0;
+    store_release(DEVICE, USED_IDX, INDEX(shown + 1));
+    fence_store_load(DEVICE);
+    load_once(DEVICE, FOR_DRIVER, word_);
+    if
+#if FORM == FLAGS
+    :: !word_ -> tell_driver()
+#else
+    :: NEED_EVENT(word_, INDEX(shown + 1), shown) -> tell_driver()
+#endif
+    :: else -> skip
+    fi;
+    atomic { shown = INDEX(shown + 1); word_ = 0 }
+}
+
+inline ask() {
+#if FORM == FLAGS
+    store_once(DEVICE, FOR_DEVICE, 0);
+#elif WAY == LETTER
+    atomic { owed_device++; store_once(DEVICE, FOR_DEVICE, taken) };
+#else                                                   /* virtio_queue_split_set_notification */
+    load_acquire(DEVICE, AVAIL_IDX, word_);
+    atomic { owed_device++; store_once(DEVICE, FOR_DEVICE, word_); word_ = 0 };
+#endif
+#ifndef MUTANT_DEVICE_WITHOUT_FENCE
+    fence_store_load(DEVICE)
+#else
+    skip
+#endif
+}
+
+/* An avail_event that was passed asks for nothing until the index comes round. */
+inline ask_no_more() {
+#if FORM == FLAGS
+    store_once(DEVICE, FOR_DEVICE, 1)
+#else
+    skip
+#endif
+}
+
+/* `asked`: it has asked, and looks once more before it sleeps. */
 proctype device() {
     byte taken = START, shown = START, word_, entry;
+    bool asked;
     do
     ::  load_acquire(DEVICE, AVAIL_IDX, word_);
         if
+#if WAY == PAIRS
+        :: INDEX(word_ - taken) == SIZE ->
+            atomic { word_ = 0; asked = false };
+            ask_no_more();
+            take_one();
+            use_one();
+            take_one();
+            use_one()
+        :: INDEX(word_ - taken) < SIZE ->
+#else
         :: word_ != taken ->
-            load_once(DEVICE, AVAIL_RING + taken % SIZE, entry);
-            assert(entry == INDEX(taken) + 1);
-            store_once(DEVICE, USED_RING + taken % SIZE, entry);
-            atomic { taken = INDEX(taken + 1); entry = 0; word_ = 0 };
-            store_release(DEVICE, USED_IDX, taken);
-            fence_store_load(DEVICE);
-            load_once(DEVICE, FOR_DRIVER, word_);
-            if
-#if FORM == FLAGS
-            :: !word_ -> tell_driver()
-#else
-            :: NEED_EVENT(word_, taken, shown) -> tell_driver()
-#endif
-            :: else -> skip
-            fi;
-            atomic { shown = taken; word_ = 0 }
-        :: else ->
             word_ = 0;
-#if FORM == FLAGS
-            store_once(DEVICE, FOR_DEVICE, 0);
-#else
+            if
+            :: asked -> asked = false; ask_no_more()
+#if WAY == PASSES
+            :: asked -> skip
+#endif
+            :: !asked -> skip
+            fi;
+            take_one();
+#if WAY == PASSES
+#if FORM == EVENTS
             atomic { owed_device++; store_once(DEVICE, FOR_DEVICE, taken) };
 #endif
-#ifndef MUTANT_DEVICE_WITHOUT_FENCE
-            fence_store_load(DEVICE);
-#endif
-            load_acquire(DEVICE, AVAIL_IDX, word_);
             if
-            :: word_ != taken -> skip
-            :: else ->
-end_idle:
-                atomic { notified -> notified = false; look_freshly(DEVICE) }
-            fi;
-            word_ = 0
-#if FORM == FLAGS
-            ;
-            store_once(DEVICE, FOR_DEVICE, 1)
+            :: true -> use_one()
+            :: true ->                                  /* its wire is full */
+                ask_no_more();
+                do
+                :: notified -> notified = false; ask(); ask_no_more()
+                :: break
+                od;
+                use_one();
+                ask();
+                asked = true
+            fi
+#else
+            use_one()
 #endif
+        :: word_ == taken ->
+#endif
+            word_ = 0;
+            if
+            :: !asked -> ask(); asked = true
+            :: asked ->
+                asked = false;
+end_idle:
+                atomic { notified -> notified = false; look_freshly(DEVICE) };
+                ask_no_more()
+            fi
         fi
     od
 }

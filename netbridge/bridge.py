@@ -104,7 +104,7 @@ class Bridge:
         server.agree = net.offloads_for
         self._number = int.from_bytes(os.urandom(2), "little")
         self._link_state = LinkState()
-        self._recovery = Recovery(net, counters, log)
+        self._recovery = Recovery(net, counters, log, queue_reset=settings.queue_reset)
         self._phase = Phase.IDLE
         self._failure: Cause | None = None  # the device is to be reset under the session
         self._restart = False  # the session is to end

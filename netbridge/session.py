@@ -18,7 +18,7 @@ from netbridge.ipc.offloads import TX_SEGMENTATION
 from netbridge.ipc.regions import discard, new_memfd
 from netbridge.ipc.session import PortSession
 from netbridge.virtio import features
-from netbridge.virtio.net import NetDevice, VirtQueue
+from netbridge.virtio.net import NetDevice
 from vfio._record import NamedTuple
 
 TYPE_CHECKING = False
@@ -60,7 +60,8 @@ class Settings:
     `rx_buffers`, `tx_buffers`: of 2 KiB each (where received frames need larger ones, so many fewer of them).
     `spin_us`: how long the pump polls at most after the last frame before it sleeps, microseconds. `queue_pairs`: how
     many to use if the device has as many. `stall_ms`: a device that has frames to send and sends none for so long, in
-    milliseconds, is taken for stuck and reset (0: never). `rx_read_only`: the client may only read received frames.
+    milliseconds, is taken for stuck and reset (0: never). `queue_reset`: of such a device only the queue, if it can and
+    that helps. `rx_read_only`: the client may only read received frames.
     `share`: frame memory may be given to a client at all, without which every client is turned away.
     """
 
@@ -72,6 +73,7 @@ class Settings:
         spin_us: int = 0,
         queue_pairs: int = 1,
         stall_ms: int = STALL_MS,
+        queue_reset: bool = False,
         rx_read_only: bool = False,
         share: bool = True,
     ) -> None:
@@ -80,6 +82,7 @@ class Settings:
         self.spin_us = spin_us
         self.queue_pairs = queue_pairs
         self.stall_ms = stall_ms
+        self.queue_reset = queue_reset
         self.rx_read_only = rx_read_only
         self.share = share
 
@@ -253,13 +256,21 @@ class Session:
             raise DeviceError(f"{net.name}: after its reset the device has queues or vectors other than before")
         self.is_salvaged = False
 
-    def reset_queue(self, queue: VirtQueue) -> int:
-        """Resets one of the device's data queues while the session goes on. Returns how many chains were in flight: of
-        a receive queue buffers, of a transmit queue frames, which are lost. Between two calls of `pump`.
+    def reset_stalled_queue(self) -> int | None:
+        """After NB_FAULT_STALLED: resets the one queue that did not move, while the session goes on. Returns how many
+        frames were lost; None, and resets nothing, if it has sent nothing since that was last done. Between two calls
+        of `pump`.
 
-        Raises as NetDevice.reset_queue.
+        Raises as NetDevice.reset_queue, and DeviceError without memory for it.
         """
-        return self._net.reset_queue(queue, lambda handle: int(lib.nb_pump_reset_queue(self._pump, handle)))
+        number = lib.nb_pump_stalled_pair(self._pump)
+        return None if number < 0 else self._net.reset_queue(self._net.pairs[number].tx, self._empty)
+
+    def _empty(self, queue: Any) -> int:
+        lost: int = lib.nb_pump_reset_queue(self._pump, queue)
+        if lost < 0:
+            raise DeviceError(f"{self._net.name}: there is no memory to take back what was in a queue that is reset")
+        return lost
 
     def stop_pump(self) -> dict[str, dict[str, int]]:
         """Frees pump and ledgers; returns who owned how many buffers of each region at that moment."""

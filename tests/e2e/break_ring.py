@@ -13,6 +13,7 @@ import signal
 import struct
 import sys
 from pathlib import Path
+from typing import BinaryIO
 
 PAGE = 4096
 SIZE = 256  # entries
@@ -28,27 +29,35 @@ def looks_like_descriptors(page: bytes) -> bool:
     )
 
 
+def find_receive_queue(pid: int, memory: BinaryIO) -> int | None:
+    """Where its descriptors are in the process's memory."""
+    areas = re.findall(r"^(\w+)-(\w+) rw", Path(f"/proc/{pid}/maps").read_text(), re.MULTILINE)
+    for area in areas:
+        start, end = (int(text, 16) for text in area)
+        if end - start < 3 * PAGE:
+            continue
+        memory.seek(start)
+        try:
+            page = memory.read(PAGE)
+        except OSError:
+            continue  # memory of a device
+        if len(page) == PAGE and looks_like_descriptors(page):
+            return start
+    return None
+
+
 def main() -> None:
     pid = int(sys.argv[1])
     os.kill(pid, signal.SIGSTOP)
-    areas = re.findall(r"^(\w+)-(\w+) rw", Path(f"/proc/{pid}/maps").read_text(), re.MULTILINE)
     with Path(f"/proc/{pid}/mem").open("r+b", buffering=0) as memory:
-        for area in areas:
-            start, end = (int(text, 16) for text in area)
-            if end - start < 3 * PAGE:
-                continue
-            memory.seek(start)
-            try:
-                page = memory.read(PAGE)
-            except OSError:
-                continue  # memory of a device
-            if len(page) == PAGE and looks_like_descriptors(page):
-                memory.seek(start + PAGE + 2)
-                (index,) = struct.unpack("<H", memory.read(2))
-                memory.seek(start + PAGE + 2)
-                memory.write(struct.pack("<H", (index + 0x4000) % (1 << 16)))
-                print(f"available index {index} moved on by {0x4000}")
-                return
+        at = find_receive_queue(pid, memory)
+        if at is not None:
+            memory.seek(at + PAGE + 2)
+            (index,) = struct.unpack("<H", memory.read(2))
+            memory.seek(at + PAGE + 2)
+            memory.write(struct.pack("<H", (index + 0x4000) % (1 << 16)))
+            print(f"available index {index} moved on by {0x4000}")
+            return
     os.kill(pid, signal.SIGCONT)
     sys.exit("no receive queue was found in the driver's memory")
 

@@ -17,6 +17,7 @@ from netbridge.log import Log
 from netbridge.recovery import MOST_ATTEMPTS, Cause, Recovery
 from netbridge.session import _Promises
 from netbridge.station import Station
+from netbridge.virtio import features
 from netbridge.virtio.errors import Gone
 from netbridge.virtio.states import State
 from netbridge.virtio.transport import Status
@@ -33,6 +34,17 @@ class FakeSession:
         self.is_salvaged = False
         self.done: list[str] = []
         self.fails = 0
+        self.queue_fails: Exception | None = None
+        self.queue_was_reset_in_vain = False
+
+    def reset_stalled_queue(self) -> int | None:
+        assert self.bench.net.state is State.LIVE
+        if self.queue_was_reset_in_vain:
+            return None
+        self.done.append("queue")
+        if self.queue_fails is not None:
+            raise self.queue_fails
+        return LOST
 
     def salvage(self) -> int:
         assert self.bench.model.status == 0, "the device still runs"
@@ -67,7 +79,7 @@ class Fixture:
 
 @pytest.fixture
 def it(monkeypatch: pytest.MonkeyPatch) -> Iterator[Fixture]:
-    bench = Bench(monkeypatch, CONTROL, reset_deadline_s=0.01)
+    bench = Bench(monkeypatch, CONTROL | features.RING_RESET.mask, reset_deadline_s=0.01)
     yield Fixture(bench)
     bench.model.gone, bench.model.reset_reads = False, 0
     bench.net.close()
@@ -81,6 +93,55 @@ def test_the_session_goes_on_and_it_is_counted(it: Fixture, cause: Cause) -> Non
     assert list(it.counters.recoveries) == [int(other is cause) for other in Cause]
     assert (it.counters.resets, it.counters.recoveries_failed) == (1, 0)
     assert it.counters.recovery_ns.count == 1
+
+
+@pytest.fixture
+def by_queue(it: Fixture) -> Fixture:
+    """A driver that was told to reset a queue alone."""
+    it.recovery = Recovery(it.bench.net, it.counters, Log(False), queue_reset=True)
+    return it
+
+
+def test_a_queue_that_does_not_move_is_reset_alone(by_queue: Fixture) -> None:
+    assert by_queue.attempt(Cause.STALLED)
+    assert by_queue.session.done == ["queue"]
+    counters = by_queue.counters
+    assert (counters.queue_resets, counters.resets) == (1, 0)
+    assert counters.recoveries[Cause.STALLED.value] == counters.recovery_ns.count == 1
+
+
+def test_the_whole_device_is_reset_where_that_did_not_help(by_queue: Fixture) -> None:
+    assert by_queue.attempt(Cause.STALLED)
+    by_queue.session.queue_was_reset_in_vain = True
+    assert by_queue.attempt(Cause.STALLED)
+    assert by_queue.session.done == ["queue", "salvage", "resume"]
+    assert (by_queue.counters.queue_resets, by_queue.counters.resets) == (1, 1)
+
+
+def test_the_whole_device_is_reset_where_it_cannot_reset_a_queue(by_queue: Fixture) -> None:
+    by_queue.bench.net.reset()
+    by_queue.bench.model.offered = CONTROL
+    by_queue.bench.start()
+    assert by_queue.attempt(Cause.STALLED)
+    assert by_queue.session.done == ["salvage", "resume"]
+
+
+def test_the_whole_device_is_reset_where_the_queue_cannot_be(by_queue: Fixture) -> None:
+    by_queue.session.queue_fails = DeviceError("the queue does not let go")
+    assert by_queue.attempt(Cause.STALLED)
+    assert by_queue.session.done == ["queue", "salvage", "resume"]
+    assert (by_queue.counters.queue_resets, by_queue.counters.resets) == (0, 1)
+
+
+def test_other_causes_are_the_whole_device_s(by_queue: Fixture) -> None:
+    assert by_queue.attempt(Cause.FAULT)
+    assert by_queue.session.done == ["salvage", "resume"]
+
+
+def test_no_queue_is_reset_alone_unasked(by_queue: Fixture) -> None:
+    by_queue.recovery = Recovery(by_queue.bench.net, by_queue.counters, Log(False))
+    assert by_queue.attempt(Cause.STALLED)
+    assert by_queue.session.done == ["salvage", "resume"]
 
 
 def test_what_the_client_asked_for_is_asked_again(it: Fixture) -> None:

@@ -157,7 +157,8 @@ struct nb_counters {
     uint64_t device_faults[5];
     uint64_t sessions;
     uint64_t resets;
-    uint64_t recoveries[5];        /* sessions that went on over a reset of the device */
+    uint64_t queue_resets;         /* of one queue, while the others went on (RING_RESET) */
+    uint64_t recoveries[5];        /* sessions that went on over a reset of the device, or of one of its queues */
     uint64_t recoveries_failed;    /* sessions that did not */
     uint64_t link_changes;
     uint64_t interrupts;
@@ -325,9 +326,13 @@ uint64_t nb_pump_salvage(struct nb_pump *pump);
  * another number of pairs, other vectors, or too short. `tx_slots` as in nb_pump_config, zeroed. */
 int nb_pump_resume(struct nb_pump *pump, const struct nb_pump_pair *pairs, uint32_t pair_count, uint8_t *tx_slots,
                    uint64_t tx_slots_iova);
-/* The device has let go of one of the queues (RING_RESET): its RX buffers are the driver's again, its TX buffers go back to
- * the client, their frames unsent. The queue is as new, to be set up and enabled again; the next round fills it. Returns how
- * many chains were in flight; -1: out of memory, or the queue is none of the pump's. */
+/* After NB_FAULT_STALLED: the pair whose transmit queue did not move; -1: that queue was reset alone, and has sent nothing
+ * since. */
+int nb_pump_stalled_pair(const struct nb_pump *pump);
+/* The device has let go of one of the queues (RING_RESET): what it had completed counts as done; its other RX buffers are the
+ * driver's again, its other TX buffers go back to the client, their frames unsent. The queue is as new, to be set up and
+ * enabled again; the next round fills it. Returns how many frames were lost; -1: out of memory, or the queue is none of the
+ * pump's. */
 int nb_pump_reset_queue(struct nb_pump *pump, struct nb_virtqueue *queue);
 /* Moves frames until there is an event. Runs without the GIL. */
 void nb_pump_run(struct nb_pump *pump, struct nb_pump_result *result);

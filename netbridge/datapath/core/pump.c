@@ -271,27 +271,3 @@ void nb_pump_prime(struct nb_pump *pump)
     ring_publish(&pump->config.tx_done, pump->tx_done_put);
     pump_wake_client(pump); /* it may have been waiting for a buffer since it got the port */
 }
-
-int nb_pump_reset_queue(struct nb_pump *pump, struct nb_virtqueue *queue)
-{
-    struct pump_pair *pair = NULL;
-    for (uint32_t i = 0; i < pump->config.pair_count; i++)
-        if (pump->pairs[i].rx_queue == queue || pump->pairs[i].tx_queue == queue)
-            pair = &pump->pairs[i];
-    uint32_t *tokens = pair ? calloc(queue->size, sizeof(*tokens)) : NULL;
-    if (!tokens)
-        return -1;
-    uint32_t count = nb_virtqueue_reset(queue, tokens);
-    if (queue == pair->rx_queue) {
-        for (uint32_t i = 0; i < count; i++)
-            ledger_put_free(pump->config.rx_ledger, tokens[i]);
-        pump_forget_gathered(pump, pair);
-    } else {
-        for (uint32_t i = 0; i < count; i++)
-            pump_acknowledge_frame(pump, tokens[i]);
-        ring_publish(&pump->config.tx_done, pump->tx_done_put);
-        pump_wake_client(pump);
-    }
-    free(tokens);
-    return (int)count;
-}

@@ -73,6 +73,8 @@ struct pump_pair {
     uint32_t completed;        /* frames sent on this pair, ever; for the watchdog */
     uint32_t completed_before; /* and when it last looked */
     uint64_t stalled_since;    /* frames are in flight and none was completed since; 0: none are, or nobody has looked */
+    uint32_t completed_at_reset; /* when the transmit queue was last reset alone */
+    bool was_reset;              /* it ever was */
 };
 
 struct nb_pump {
@@ -87,6 +89,7 @@ struct nb_pump {
     uint8_t rx_flags;    /* of a received frame's first entry: NB_HEADER if the session has offloads there */
     bool tx_has_offloads;
     uint64_t doorbell_ns; /* when the client's bell was last rung; 0: its wake-up was accounted for */
+    uint32_t stalled;     /* the pair of which the watchdog last said so */
     struct polling polling;
     struct tx_frame gathered; /* the frame that the client is sending */
     uint8_t kept_header[NB_NET_HEADER_BYTES]; /* of that frame, while the device is reset */

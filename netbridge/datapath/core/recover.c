@@ -1,9 +1,10 @@
-/* A device is reset under a session that goes on: what it held is taken from it, and it gets new queues.
+/* A device, or one queue of it, is reset under a session that goes on: what it held is taken from it, and it gets new queues.
  *
  * Between the two the device touches no memory. What it had completed before its reset counts as done; a received frame of
  * which it had written only a part, and every frame to be sent that it had not completed, is lost, counted, and its buffers
  * go back to where they belong. A frame that the client has sent only the beginning of is none of the device's yet.
  */
+#include <stdlib.h>
 #include <string.h>
 
 #include "counting.h"
@@ -24,6 +25,11 @@ static uint64_t frames_unsent(const struct nb_pump *pump, const struct pump_pair
     for (uint32_t first = pair->backlog_first; first != NO_BUFFER; first = pump->tx_pieces[first].following)
         frames++;
     return frames;
+}
+
+static void count_lost(struct nb_pump *pump, uint64_t frames)
+{
+    count(&pump->config.counters->drops[NB_DROP_DEVICE_RESET], frames);
 }
 
 static void take_received(struct nb_pump *pump)
@@ -70,7 +76,7 @@ uint64_t nb_pump_salvage(struct nb_pump *pump)
     take_unsent(pump);
     if (pump->gathered.pieces != 0 && pump->gathered.has_header)
         memcpy(pump->kept_header, tx_header_of(pump, pump->gathered.first), sizeof(pump->kept_header));
-    count(&pump->config.counters->drops[NB_DROP_DEVICE_RESET], lost);
+    count_lost(pump, lost);
     pump_wake_client(pump);
     return lost;
 }
@@ -96,4 +102,46 @@ int nb_pump_resume(struct nb_pump *pump, const struct nb_pump_pair *pairs, uint3
         memcpy(tx_header_of(pump, pump->gathered.first), pump->kept_header, sizeof(pump->kept_header));
     pump_show_free_buffers(pump);
     return 0;
+}
+
+/* What was in flight on a receive queue, and the frame that was being gathered. */
+static uint64_t take_received_of(struct nb_pump *pump, struct pump_pair *pair, const uint32_t *buffers, uint32_t count)
+{
+    uint64_t lost = pair->pieces_gathered != 0;
+    for (uint32_t i = 0; i < count; i++)
+        ledger_put_free(pump->config.rx_ledger, buffers[i]);
+    pump_forget_gathered(pump, pair);
+    return lost;
+}
+
+/* What was in flight on a transmit queue. Its backlog waits on. */
+static uint64_t take_unsent_of(struct nb_pump *pump, struct pump_pair *pair, const uint32_t *tokens, uint32_t count)
+{
+    for (uint32_t i = 0; i < count; i++)
+        pump_acknowledge_frame(pump, tokens[i]);
+    ring_publish(&pump->config.tx_done, pump->tx_done_put);
+    pair->stalled_since = 0;
+    pair->was_reset = true;
+    pair->completed_at_reset = pair->completed;
+    return count;
+}
+
+int nb_pump_reset_queue(struct nb_pump *pump, struct nb_virtqueue *queue)
+{
+    struct pump_pair *pair = NULL;
+    for (uint32_t i = 0; i < pump->config.pair_count; i++)
+        if (pump->pairs[i].rx_queue == queue || pump->pairs[i].tx_queue == queue)
+            pair = &pump->pairs[i];
+    uint32_t *tokens = pair ? calloc(queue->size, sizeof(*tokens)) : NULL;
+    if (!tokens)
+        return -1;
+    bool receives = queue == pair->rx_queue;
+    while ((receives ? pump_receive(pump, pair) : pump_complete(pump, pair)) > 0)
+        ;
+    uint32_t count = nb_virtqueue_reset(queue, tokens);
+    uint64_t lost = receives ? take_received_of(pump, pair, tokens, count) : take_unsent_of(pump, pair, tokens, count);
+    count_lost(pump, lost);
+    pump_wake_client(pump);
+    free(tokens);
+    return (int)lost;
 }

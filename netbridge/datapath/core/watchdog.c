@@ -14,6 +14,7 @@ int pump_look_for_stall(struct nb_pump *pump, int *timeout_ms)
     if (pump->config.stall_ns == 0)
         return 0;
     uint64_t now = 0, oldest = 0;
+    uint32_t slowest = 0;
     for (uint32_t i = 0; i < pump->config.pair_count; i++) {
         struct pump_pair *pair = &pump->pairs[i];
         if (virtqueue_in_flight(pair->tx_queue) == 0) {
@@ -26,14 +27,24 @@ int pump_look_for_stall(struct nb_pump *pump, int *timeout_ms)
             pair->stalled_since = now;
             pair->completed_before = pair->completed;
         }
-        if (oldest == 0 || pair->stalled_since < oldest)
+        if (oldest == 0 || pair->stalled_since < oldest) {
             oldest = pair->stalled_since;
+            slowest = i;
+        }
     }
     if (oldest == 0)
         return 0;
     uint64_t elapsed = now - oldest;
-    if (elapsed >= pump->config.stall_ns)
+    if (elapsed >= pump->config.stall_ns) {
+        pump->stalled = slowest;
         return device_fault(NB_FAULT_STALLED);
+    }
     *timeout_ms = (int)((pump->config.stall_ns - elapsed + NS_PER_MS - 1) / NS_PER_MS);
     return 0;
+}
+
+int nb_pump_stalled_pair(const struct nb_pump *pump)
+{
+    const struct pump_pair *pair = &pump->pairs[pump->stalled];
+    return pair->was_reset && pair->completed == pair->completed_at_reset ? -1 : (int)pump->stalled;
 }

@@ -523,11 +523,12 @@ TEST(tx_queue_reset_with_frames_in_flight)
     world_pump_idle(&world);
     transmit_one(&world, 0, 60); /* the driver has not seen it yet */
     CHECK(fake_pop(&world.device, &world.device.tx, &chain));
-    CHECK_EQ(nb_pump_reset_queue(world.pump, world.tx_queue), 10);
+    CHECK_EQ(nb_pump_reset_queue(world.pump, world.tx_queue), 9);
+    CHECK_EQ(world.counters.drops[NB_DROP_DEVICE_RESET], 9);
+    CHECK_EQ(world.counters.packets_tx, 1);
     attach_anew(&world, &world.device.tx);
     world_pump_idle(&world);
     CHECK_EQ(nb_ledger_owned(world.tx_ledger, NB_OWNER_CLIENT), 64);
-    CHECK_EQ(world.counters.packets_tx, 0);
     CHECK_EQ(nb_client_allocate(&world.client, pieces, 64), 64);
     nb_client_unallocate(&world.client, 64);
     for (uint64_t i = 0; i < 200; i++) {
@@ -536,7 +537,7 @@ TEST(tx_queue_reset_with_frames_in_flight)
         transmit_one(&world, i, 61);
     }
     world_pump_idle(&world);
-    CHECK_EQ(world.counters.packets_tx, 200);
+    CHECK_EQ(world.counters.packets_tx, 201);
     world_close(&world);
 }
 
@@ -550,7 +551,8 @@ TEST(rx_queue_reset_in_the_middle_of_a_frame)
     world_pump_idle(&world);
     CHECK_EQ(white_box_gathered(world.pump), 1);
     CHECK(fake_pop(&world.device, &world.device.rx, &chain));
-    CHECK_EQ(nb_pump_reset_queue(world.pump, world.rx_queue), 64);
+    CHECK_EQ(nb_pump_reset_queue(world.pump, world.rx_queue), 1);
+    CHECK_EQ(world.counters.drops[NB_DROP_DEVICE_RESET], 1);
     CHECK_EQ(nb_ledger_owned(world.rx_ledger, NB_OWNER_DRIVER), 128);
     attach_anew(&world, &world.device.rx);
     for (uint64_t i = 0; i < 200; i++) {

@@ -3,6 +3,8 @@
 #include "white_box.h"
 #include "world.h"
 
+#include <stdlib.h>
+
 #include <sys/eventfd.h>
 
 static struct fake_device *device_of(struct world *world, uint32_t pair)
@@ -105,6 +107,38 @@ TEST(pair_that_stands_still_holds_up_no_other)
         world_pump_idle(&world);
     }
     CHECK_EQ(nb_ledger_owned(world.tx_ledger, NB_OWNER_CLIENT), 32);
+    world_close(&world);
+}
+
+static int stalled_pair(struct world *world)
+{
+    struct nb_pump_result result;
+    nb_pump_run(world->pump, &result);
+    CHECK_EQ(result.event, NB_EVENT_DEVICE_FAULT);
+    CHECK_EQ(result.detail, NB_FAULT_STALLED);
+    return nb_pump_stalled_pair(world->pump);
+}
+
+/* Whether the reset of a queue was in vain shows in what that queue sends, whatever the others do. */
+TEST(queue_reset_in_vain)
+{
+    struct world world;
+    world_open(&world, (struct world_config){.pairs = 2, .stall_ns = 100000000});
+    send_on(&world, 0, 0, 60);
+    CHECK_EQ(stalled_pair(&world), 0);
+    struct fake_queue_place place = world.device.tx.place;
+    free(world.device.tx.held);
+    CHECK_EQ(nb_pump_reset_queue(world.pump, world.tx_queue), 1);
+    fake_attach(&world.device, &world.device.tx, place);
+    send_on(&world, 0, 1, 60);
+    send_on(&world, 1, 2, 70);
+    world_pump_idle(&world);
+    transmit_on(&world, 1, 2, 70);
+    CHECK_EQ(stalled_pair(&world), -1);
+    transmit_on(&world, 0, 1, 60);
+    send_on(&world, 0, 3, 60);
+    CHECK_EQ(stalled_pair(&world), 0);
+    CHECK_EQ(world.counters.packets_tx, 2);
     world_close(&world);
 }
 

@@ -4,6 +4,7 @@
 #include "check.h"
 #include "world.h"
 
+#include <stdlib.h>
 #include <string.h>
 #include <time.h>
 
@@ -243,6 +244,32 @@ TEST(a_device_that_completes_nothing_is_stuck)
     CHECK_EQ(world.counters.device_faults[NB_FAULT_STALLED], 1);
     expect_recovery(&world, 1);
     expect_traffic(&world);
+    world_close(&world);
+}
+
+/* One transmit queue is reset alone; the client has its buffers, and frames flow again both ways. */
+TEST(a_queue_that_does_not_move_is_reset_alone)
+{
+    struct world world;
+    world_open(&world, (struct world_config){.stall_ns = STALL_MS * 1000000ull});
+    deliver(&world, 0, 60);
+    for (uint64_t i = 0; i < 5; i++)
+        send_one(&world, i, 100);
+    struct nb_pump_result result;
+    nb_pump_run(world.pump, &result);
+    CHECK_EQ(result.detail, NB_FAULT_STALLED);
+    CHECK_EQ(nb_pump_stalled_pair(world.pump), 0);
+    transmit_one(&world, 0, 100); /* one more before the device lets go of the queue: it was sent */
+    struct fake_queue_place place = world.device.tx.place;
+    free(world.device.tx.held);
+    CHECK_EQ(nb_pump_reset_queue(world.pump, world.tx_queue), 4);
+    fake_attach(&world.device, &world.device.tx, place);
+    CHECK_EQ(world.counters.drops[NB_DROP_DEVICE_RESET], 4);
+    CHECK_EQ(nb_ledger_owned(world.tx_ledger, NB_OWNER_CLIENT), 64);
+    world_check_books(&world);
+    release_one(&world, receive_one(&world, 0, 60)); /* the receive queue was not touched */
+    expect_traffic(&world);
+    CHECK_EQ(world.counters.packets_tx, 201);
     world_close(&world);
 }
 

@@ -25,8 +25,8 @@ OURS_6, THEIRS_6 = "2001:db8::2", "2001:db8::1"
 OURS_MAC, THEIRS_MAC = "52:54:00:00:00:02", "52:54:00:00:00:01"
 INTERFACE = "nb0"
 MTU = 9000
-# The kernel says nothing by itself: so whatever is counted was asked for. Nor does it look for another who has its address,
-# which it would not answer at until then.
+# The kernel says nothing by itself: so whatever is counted was asked for. Nor does it look for another who has its
+# address, which it would not answer at until then.
 QUIET = " && ".join(
     f"echo 0 >/proc/sys/net/ipv6/conf/{name}"
     for name in ("default/router_solicitations", "all/accept_ra", "default/accept_dad")

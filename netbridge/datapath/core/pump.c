@@ -134,20 +134,22 @@ void nb_pump_run(struct nb_pump *pump, struct nb_pump_result *result)
             nb_histogram_add(drain, now_ns() - woken_at);
             woken_at = 0;
         }
+        /* What the client does with what it was just given is there when we are back: it need not wake us for that.
+         * Once: Linux 6.12 moves our deadline a slice further with each yield, and whoever else has work would have the
+         * processor for as long. */
+        if (pump->config.yields && !has_yielded) {
+            has_yielded = true;
+            sched_yield();
+            continue;
+        }
         if (pump->polling.most_ns) {
             uint64_t now = now_ns();
             if (!idle_since)
                 idle_since = now;
             if (now - idle_since < pump->polling.now_ns) {
-                pump->config.yields ? (void)sched_yield() : cpu_relax();
+                cpu_relax();
                 continue;
             }
-        }
-        /* What the client does with what it was just given is there when we are back: it need not wake us for that. */
-        if (pump->config.yields && !has_yielded) {
-            has_yielded = true;
-            sched_yield();
-            continue;
         }
         if (!pump_ask_for_wakeup(pump))
             continue;

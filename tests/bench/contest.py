@@ -166,6 +166,8 @@ class Series:
                     raise ValueError(f"{self.bench}: {name} measured {wrong[0]} as {found[wrong[0]]}")
                 figures[name].append(found)
                 on_round(number, name, next(iter(found.values())))
+            if len(self.visits) - len(self.absent) < 2:
+                raise Unavailable("; ".join(f"{name}: {why}" for name, why in self.absent.items()))
             states.append(machine.cache_line_ns())
         rows = []
         for pair in self.pairs:

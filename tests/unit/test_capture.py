@@ -16,7 +16,7 @@ from scapy.utils import RawPcapNgReader
 
 from netbridge.client import connect
 from netbridge.ipc.errors import Reason
-from netbridge.ipc.server import ClientReady
+from netbridge.ipc.server import ClientGone, ClientReady
 from netbridge.metrics import CounterPage
 from netbridge.services.pcapng import Capture, CaptureFailed
 from tests.unit.port_fakes import DEADLINE_SECONDS, FACTS, FakeRings, OfferedSession, ServedPort
@@ -260,6 +260,8 @@ def test_a_disk_that_was_full_does_not_end_the_next_session_either(path: Path) -
                 client.send_bytes(frame(1))
                 capture.end()
             assert capture.state == "ended: No space left on device"
+            assert isinstance(port.await_event(), ClientReady)
+            assert isinstance(port.await_event(), ClientGone)
             with port.paused() as server:
                 server.offer(second.session)
             driver = FakeRings(second)

@@ -186,8 +186,8 @@ def build(machine: Machine, channels: Channels) -> list[str]:
     if machine.accel == "kvm":
         argv += ["-accel", "kvm", "-cpu", machine.cpu or "host"]
     else:
-        # Where there is ERMS, Linux copies with "rep movsb", which QEMU carries out a byte at a time: without it, copying
-        # between kernel and user space takes a quarter of the time.
+        # Where there is ERMS, Linux copies with "rep movsb", which QEMU carries out a byte at a time. Without it,
+        # copying between kernel and user space takes a quarter of the time.
         cpu = machine.cpu or "max,-erms"
         # With a thread for each of several processors, Linux's patching of its own code races with QEMU's translation
         # and now and then ends in "Oops: int3" during boot: they take turns instead.

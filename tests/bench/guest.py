@@ -4,6 +4,7 @@
                                                or DPDK's testpmd on vfio-pci
                                                or the driver with its work in its own process
                                                or the kernel's driver and AF_PACKET
+                                               or the kernel's driver and AF_XDP
 
 For each visit the function is bound to the driver whose turn it is, which then receives, transmits and echoes for a
 second each, and answers one frame at a time for another. What a guest receives is counted in the guest, since there may
@@ -17,7 +18,7 @@ import os
 import tempfile
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
@@ -32,7 +33,9 @@ from tests.bench.guest_testpmd import GuestTestpmd
 from tests.bench.wire import Ceiling, LoadWire
 from tests.e2e import testbed
 
-SUMMARY = "Net-Bridge, DPDK on vfio-pci, the kernel's driver with AF_PACKET, in turns in one guest; QEMU alone"
+SUMMARY = (
+    "Net-Bridge, DPDK on vfio-pci, the kernel's driver with AF_PACKET and AF_XDP, in turns in one guest; QEMU alone"
+)
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "images" / "bench.toml"
 CODE = ROOT / "images" / "code.toml"
@@ -44,13 +47,16 @@ TALLY, LOAD = "/run/bench.tally", "/run/vhost_load.so"
 FLAGS = ("-static", "-march=x86-64", "-fno-strict-aliasing")  # for the guest's processor, and without its libraries
 CORE = ROOT / "netbridge/datapath/core"
 CLIENT = ROOT / "client"
+XDP_LIBRARIES = ("-lxdp", "-lbpf", "-lelf", "-lz")
 LOAD_FLAGS = ("-fPIC", "-shared", "-march=x86-64", "-fno-strict-aliasing", f"-I{CORE}")
 LIBRARY = [*(CORE / f"{name}.c" for name in ("client", "capture", "counting"))]
 LIBRARY += sorted(CLIENT.glob("*.c"))
 
 INTERRUPTS, POLLING = "Net-Bridge on interrupts", "Net-Bridge polling"
 IN_PROCESS = "Net-Bridge in one process"
+OURS = (INTERRUPTS, POLLING, IN_PROCESS)
 DPDK, KERNEL, PYTHON = "DPDK testpmd", "AF_PACKET in C", "AF_PACKET in Python"
+XDP = "AF_XDP"
 CEILING = "QEMU alone"
 RATES = ("receive", "transmit", "echo")
 
@@ -71,12 +77,18 @@ def contests(quick: bool) -> Iterator[Series]:
             KERNEL: _Packet(guest, ["/run/frames_packet"]),
             PYTHON: _Packet(guest, ["python3", "/run/frames_packet.py"]),
         }
+        missing = []
+        try:
+            socket = _Xdp(guest)
+            drivers[socket.name] = socket
+        except Unavailable as reason:
+            missing.append(f"{XDP}: {reason}")
         ceiling = stack.enter_context(Ceiling())
         series = Series(
             bench="guest",
             visits={name: _visit(driver, wire) for name, driver in drivers.items()}
             | {CEILING: lambda: dict.fromkeys(("receive", "transmit"), ceiling.carry(LENGTH, MAC, SECONDS))},
-            pairs=_pairs(),
+            pairs=_pairs([name for name in (*drivers, CEILING) if name not in OURS]),
             commands=(
                 f"# {guest.accel}",
                 *(driver.command for driver in drivers.values()),
@@ -84,8 +96,9 @@ def contests(quick: bool) -> Iterator[Series]:
             ),
         )
         yield series
-    absent = [f"{name}: {why}" for name, why in series.absent.items()]
-    raise Unavailable("; ".join([*absent, "AF_XDP: no program for it yet"]))
+    missing += [f"{name}: {why}" for name, why in series.absent.items()]
+    if missing:
+        raise Unavailable("; ".join(missing))
 
 
 def _boot(directory: Path, wire: LoadWire) -> Guest:
@@ -115,7 +128,7 @@ def _boot(directory: Path, wire: LoadWire) -> Guest:
     return guest
 
 
-def _pairs() -> list[Pair]:
+def _pairs(peers: Sequence[str]) -> list[Pair]:
     """Goals: in one process as fast as DPDK; through the port nine tenths of its rates and twice the kernel's; a round
     trip no longer than DPDK's when polling, nor than the kernel's on interrupts."""
     polls = ((IN_PROCESS, DPDK), (POLLING, DPDK))
@@ -123,7 +136,7 @@ def _pairs() -> list[Pair]:
     for figure in (*RATES, "p50", "p99"):
         rate = figure in RATES
         for ours, how in ((INTERRUPTS, "interrupts"), (POLLING, "polling"), (IN_PROCESS, "one process, polling")):
-            for peer in (DPDK, KERNEL, PYTHON, CEILING):
+            for peer in peers:
                 if rate:
                     goal = {DPDK: 1.0 if ours == IN_PROCESS else 0.9, KERNEL: 2.0}.get(peer)
                 else:
@@ -236,6 +249,8 @@ class _InProcess(_Driver):
 
 
 class _Packet(_Driver):
+    """The kernel's driver, and a program with a socket."""
+
     def __init__(self, guest: Guest, program: list[str]) -> None:
         self._guest, self._program = guest, program
         self._pci = testbed.nics(guest)[0][0]
@@ -261,6 +276,33 @@ class _Packet(_Driver):
             yield lambda: _tally(self._guest)
             if not process.running:
                 raise RuntimeError(f"{' '.join(words)} ended: {process.stderr}")
+
+
+class _Xdp(_Packet):
+    """`name` says how its frames reach the socket, which the kernel decides. Raises Unavailable with its reasons."""
+
+    def __init__(self, guest: Guest) -> None:
+        try:
+            program = native.build("frames_xdp", flags=FLAGS, libraries=XDP_LIBRARIES)
+        except native.CompilationFailed as error:
+            raise Unavailable(f"needs libxdp-dev on the host: {str(error).splitlines()[1]}") from error
+        guest.put(program, "/run/frames_xdp", 0o755)
+        super().__init__(guest, ["/run/frames_xdp"])
+        with self.driving():
+            words = [*self._program, "probe", str(LENGTH), TALLY, self._interface]
+            probe = guest.run(words, check=False)
+        if probe.returncode:
+            raise Unavailable(probe.stderr.strip().replace("\n", "; "))
+        mode = probe.stdout.strip()
+        self.name = f"{XDP}, {mode}"
+        self.command += f"  # {mode}"
+
+    @contextmanager
+    def working(self, what: str) -> Iterator[Callable[[], int]]:
+        with self._guest.start([*self._program, what, str(LENGTH), TALLY, self._interface]) as process:
+            testbed.wait_for_line(process, r" serving ")
+            yield lambda: _tally(self._guest)
+            testbed.end(process)  # so that it detaches its XDP program
 
 
 _MODES = {"receive": "rxonly", "transmit": "txonly", "echo": "macswap"}

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests.bench import machine, report
+from tests.bench import guest, machine, native, report
 from tests.bench.contest import Contest, Row, Unavailable, Work
 
 
@@ -114,3 +115,17 @@ def test_a_page_without_its_marks_is_not_touched(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="lacks the line"):
         report.write_page(page)
     assert page.read_text() == "no marks\n"
+
+
+@pytest.mark.parametrize(
+    ("program", "header", "libraries"),
+    [("frames_packet", "linux/if_packet.h", ()), ("frames_xdp", "xdp/xsk.h", guest.XDP_LIBRARIES)],
+)
+def test_the_programs_of_the_kernels_sockets_compile_for_a_guest(
+    program: str, header: str, libraries: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not Path("/usr/include", header).exists():
+        pytest.skip(f"{header} is missing, which comes with DPDK's packages: make bench installs them")
+    monkeypatch.setattr(native, "OUT", tmp_path)
+    built = native.build(program, flags=guest.FLAGS, libraries=libraries)
+    assert subprocess.run([built], check=False).returncode == 2, "it did not ask for its arguments"

@@ -29,6 +29,7 @@ else:
 
 BUFFER_STRIDE = 2048
 MAX_MERGED_BUFFERS = 34  # a 64 KiB frame and its header in buffers of 2 KiB, rounded up
+QUEUE_PAIR_BYTES = 1 << 18  # two virtqueues of 256 entries and their indirect tables, with room
 BURST = 64
 STALL_MS = 5000  # what Linux gives a network device
 LEAST_RX_BUFFERS = 4
@@ -98,8 +99,9 @@ class Settings:
 
     @property
     def dma_bytes(self) -> int:
-        """Memory for frames, copies of short ones among them, that one session maps for the device."""
-        return (self.rx_buffers + self.tx_buffers) * BUFFER_STRIDE + self.tx_slots * int(lib.NB_TX_SLOT_BYTES)
+        """All that is mapped for the device: memory for frames, copies of short ones among them, and the virtqueues."""
+        frames = (self.rx_buffers + self.tx_buffers) * BUFFER_STRIDE + self.tx_slots * int(lib.NB_TX_SLOT_BYTES)
+        return frames + self.queue_pairs * QUEUE_PAIR_BYTES
 
 
 class _Promises(NamedTuple):

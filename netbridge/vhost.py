@@ -30,7 +30,7 @@ from netbridge.virtio.net import NetDevice
 from netbridge.virtio.vhost_user.memory import VhostDma, VhostMemory
 from netbridge.virtio.vhost_user.transport import VhostUser
 from netbridge.vnode.backoff import Backoff
-from netbridge.vnode.capabilities import MIB, NETWORK, SHARE
+from netbridge.vnode.capabilities import NETWORK, SHARE
 from netbridge.vnode.manifest import Manifest
 from netbridge.vnode.options import Outcome
 from netbridge.vnode.stopping import stop_signals
@@ -41,8 +41,6 @@ CALM_SECONDS = 1.0  # a connection that lasted so long was one
 PATIENCE_SECONDS = 30.0
 # A device without an IOMMU in front of it, because it sees nothing that it was not handed.
 REQUIRED = (features.VERSION_1,)
-# Virtqueues and the TX header, with room.
-QUEUE_MEMORY = MIB // 4
 
 
 class Options(NamedTuple):
@@ -64,7 +62,7 @@ def run(manifest: Manifest, options: Options, log: Log, warn: Callable[[str], No
     """Serves the port with frames of the back-end until a signal. Raises NetbridgeError. Main thread only."""
     granted = manifest.capabilities
     granted.require(NETWORK, "opening a network device")
-    granted.require_dma(options.settings.dma_bytes + QUEUE_MEMORY, "the frame buffers and the virtqueues")
+    granted.require_dma(options.settings.dma_bytes, "the frame buffers and the virtqueues")
     wanted = features.select([*manifest.without, *options.without_features])
     warn(
         f"--vhost-user: the device is the back-end at {options.path}; {manifest.name}'s CAP_HARDWARE_IO_PCI and "

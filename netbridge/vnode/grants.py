@@ -7,11 +7,10 @@ from collections.abc import Collection
 
 import vfio
 from netbridge.session import Settings
-from netbridge.vnode.capabilities import IRQ, MIB, NETWORK, PCI, Capabilities, Msix
+from netbridge.vnode.capabilities import IRQ, NETWORK, PCI, Capabilities, Msix
 from netbridge.vnode.manifest import Manifest
 
 MSIX_VECTORS = 3  # configuration, receive, transmit
-QUEUE_MEMORY = MIB // 4  # two virtqueues of 256 entries, with room
 
 
 def check_grants(granted: Capabilities, claimed: vfio.PciAddress | None, settings: Settings) -> vfio.PciAddress:
@@ -26,7 +25,7 @@ def check_grants(granted: Capabilities, claimed: vfio.PciAddress | None, setting
     granted.require(IRQ, "receiving the device's interrupts")
     if isinstance(granted.irq, Msix):
         granted.require_msix(MSIX_VECTORS, "one interrupt vector each for configuration, receive and transmit")
-    granted.require_dma(settings.dma_bytes + QUEUE_MEMORY, "the frame buffers and the virtqueues")
+    granted.require_dma(settings.dma_bytes, "the frame buffers and the virtqueues")
     return granted.pci_function
 
 
@@ -53,7 +52,7 @@ def locked_memory_limit(granted: Capabilities, settings: Settings) -> int:
     try:
         resource.setrlimit(resource.RLIMIT_MEMLOCK, (granted.dma_budget, granted.dma_budget))
     except (ValueError, OSError):  # without CAP_SYS_RESOURCE
-        needed = settings.dma_bytes + QUEUE_MEMORY
+        needed = settings.dma_bytes
         if hard < needed:
             raise vfio.LockedMemoryLimit(
                 f"cannot map {needed // 1024} KiB for DMA",

@@ -64,7 +64,7 @@ class Confinement(NamedTuple):
 def confine(plan: Confinement) -> int:
     """Applies it, in an order in which each step still may do what it does. Returns the seccomp listener's fd, for the
     monitor, or -1. Needs root and a single thread. Raises SandboxError."""
-    _step("unsharing the network", _libc.unshare(_CLONE_NEWNET | _CLONE_NEWIPC))
+    _step("unsharing the network and IPC (CONFIG_NET_NS, CONFIG_IPC_NS)", _libc.unshare(_CLONE_NEWNET | _CLONE_NEWIPC))
     _step("setting no_new_privs", _prctl(_PR_SET_NO_NEW_PRIVS, 1))
     restrict_files(plan.mounts)
     drop_privileges(plan.uid, plan.gid)

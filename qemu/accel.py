@@ -12,6 +12,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -29,14 +30,26 @@ KVM = Path("/dev/kvm")
 
 @dataclass(frozen=True)
 class Accelerator:
-    """The choice. `proven` is false for a KVM that no guest has run under yet: then a failed boot is to be expected."""
+    """The choice; str() of it has the reason in brief.
+
+    `proven` is false for a KVM that no guest has run under yet: then a failed boot is to be expected.
+    """
 
     name: Literal["kvm", "tcg"]
     reason: str
     proven: bool = True
 
     def __str__(self) -> str:
-        return f"{self.name} ({self.reason})"
+        return f"{self.name} ({in_brief(self.reason)})"
+
+
+def in_brief(reason: str) -> str:
+    """A reason for one line: of what QEMU said, quoted in it, only the first thing, and not its name once more."""
+    before, quoted, words = reason.replace("guest never came up: ", "").partition(' and said "')
+    if not quoted:
+        return before
+    first = words.removesuffix('"').partition("; ")[0]
+    return f"{before}: {re.sub(r'^[^ ]*qemu[^ ]*: (error: )?', '', first)}"
 
 
 def wanted_accelerator(argument: str | None, environ: Mapping[str, str] = os.environ) -> str:
@@ -92,7 +105,7 @@ def expectation(
     for path in verdicts[-1:]:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             verdict = json.loads(path.read_text())
-            return f"{verdict['name']} ({verdict['reason']})"
+            return str(Accelerator(verdict["name"], str(verdict["reason"])))
     return f"auto ({device} opens; the first guest will show whether it runs guests)"
 
 

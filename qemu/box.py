@@ -17,6 +17,7 @@ directory below /var/tmp, and removed at the end. The box needs Python 3.9 or la
 from __future__ import annotations
 
 import contextlib
+import io
 import re
 import shlex
 import shutil
@@ -24,6 +25,7 @@ import signal as signals
 import socket
 import subprocess
 import time
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +37,7 @@ from qemu.errors import GuestLost, HarnessError, ToolMissing
 from qemu.inside import Inside
 from qemu.settings import read_toml
 
-AGENT = Path(__file__).parents[1] / "images" / "agent.py"
+AGENT = Path(__file__).parents[1] / "images" / "agent"
 GREET_SECONDS = 30.0
 POWER_SECONDS = 60.0
 LEAVE_SECONDS = 10.0
@@ -56,9 +58,11 @@ def exactly(count):
             sys.exit(1)
         data += part
     return data
-source = exactly(int.from_bytes(exactly(4), "big"))
+archive = exactly(int.from_bytes(exactly(4), "big"))
 scratch = tempfile.mkdtemp(prefix="harness-", dir="/var/tmp")
 os.chmod(scratch, 0o755)
+with open(scratch + "/agent.zip", "wb") as file:
+    file.write(archive)
 os.environ.update(HARNESS_SCRATCH=scratch, PYTHONPATH=scratch + "/code")
 def end():
     shutil.rmtree(scratch, ignore_errors=True)
@@ -71,9 +75,9 @@ if not child:
     nothing = os.open("/dev/null", os.O_RDWR)
     os.dup2(nothing, 0)
     os.dup2(2, 1)
-    names = {"__name__": "agent", "__file__": "agent.py"}
-    exec(compile(source, "agent.py", "exec"), names)
-    os._exit(names["main"](["--fd", str(theirs.fileno())]))
+    sys.path.insert(0, scratch + "/agent.zip")
+    from agent.main import main
+    os._exit(main(["--fd", str(theirs.fileno())]))
 theirs.close()
 ends = {0: ours.fileno(), ours.fileno(): 1}
 poll = select.poll()
@@ -167,9 +171,9 @@ class Box(Inside):
         except BaseException:
             ours.close()
             raise
-        source = AGENT.read_bytes()
+        archive = agent_archive()
         try:
-            ours.sendall(len(source).to_bytes(4, "big") + source)
+            ours.sendall(len(archive).to_bytes(4, "big") + archive)
         except OSError:
             pass  # it has ended already: the agent's channel tells
         ended = f"the connection to {self.description.name} has ended"
@@ -240,6 +244,15 @@ class Box(Inside):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def agent_archive() -> bytes:
+    """The guest's agent as a zip file that Python imports from; not compressed, as the box may lack zlib."""
+    made = io.BytesIO()
+    with zipfile.ZipFile(made, "w", zipfile.ZIP_STORED) as archive:
+        for file in sorted(AGENT.glob("*.py")):
+            archive.write(file, f"agent/{file.name}")
+    return made.getvalue()
 
 
 def _start(command: Sequence[str], **streams: object) -> subprocess.Popen[bytes]:

@@ -195,7 +195,7 @@ def _boot(
         for name in ("console.log", "qmp.log", "qemu.log"):
             with contextlib.suppress(FileNotFoundError):
                 (artefacts / name).rename(artefacts / name.replace(".log", "-kvm.log"))
-        say(f"kvm does not run this guest ({reason}); trying tcg")
+        say(f"kvm does not run this guest ({accelerators.in_brief(reason)}); trying tcg")
         fallback = Accelerator("tcg", f"kvm: {accelerators.KVM} opens, but {reason}")
         guest = attempt(fallback)
         # Only now is it KVM that is to blame, and not the guest.

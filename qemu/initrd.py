@@ -6,6 +6,7 @@ another kernel needs a new root image. The archive is not compressed: unpacking 
 
 from __future__ import annotations
 
+import shutil
 import stat
 import tempfile
 from pathlib import Path
@@ -18,7 +19,8 @@ from qemu.tools import run_tool
 INIT_FILES = Path(__file__).resolve().parents[1] / "images"
 
 GUEST = "usr/lib/guest"
-AGENT = f"{GUEST}/agent.py"
+AGENT = "agent"
+"""The package of the guest's agent, in images/ and in GUEST."""
 FILES = {
     "init": "initrd.sh",
     f"{GUEST}/init": "init",
@@ -26,9 +28,8 @@ FILES = {
     f"{GUEST}/fstab": "fstab",
     f"{GUEST}/fstab.late": "fstab.late",
     f"{GUEST}/core": "core",
-    AGENT: "agent.py",
 }
-"""Where in the initramfs each file of images/ goes."""
+"""Where in the initramfs each file of images/ goes, besides the agent's."""
 
 MODULE_INDEXES = ("modules.builtin", "modules.builtin.modinfo", "modules.order")
 """What depmod reads, besides the modules."""
@@ -76,7 +77,13 @@ class Archive:
 def initrd_inputs(part: KernelPart, files: Path = INIT_FILES) -> list[str | bytes]:
     """All that decides what `build_initrd` makes, the kernel and busybox aside."""
     names = [repr((part.early, part.late, part.available))]
-    return [*names, *((files / name).read_bytes() for name in FILES.values()), Path(__file__).read_bytes()]
+    here = [files / name for name in FILES.values()]
+    agent = [part for file in _agent(files) for part in (file.name, file.read_bytes())]
+    return [*names, *(file.read_bytes() for file in here), *agent, Path(__file__).read_bytes()]
+
+
+def _agent(files: Path) -> list[Path]:
+    return sorted((files / AGENT).glob("*.py"))
 
 
 def build_initrd(
@@ -94,22 +101,24 @@ def build_initrd(
     archive.link("lib", "usr/lib")
     for place, name in FILES.items():
         archive.file(place, (files / name).read_bytes(), executable=True)
+    for file in _agent(files):
+        archive.file(f"{GUEST}/{AGENT}/{file.name}", file.read_bytes())
     if sysroot is not None:
-        for name, data in _compiled(files / FILES[AGENT], sysroot).items():
-            archive.file(f"{GUEST}/__pycache__/{name}", data)
+        for name, data in _compiled(_agent(files), sysroot).items():
+            archive.file(f"{GUEST}/{AGENT}/__pycache__/{name}", data)
     lists = f'early="{" ".join(part.early)}"\nlate="{" ".join(part.late)}"\n'
     archive.file(f"{GUEST}/modules", lists.encode())
     _add_modules(archive, part, kernel)
     return archive.finish()
 
 
-def _compiled(source: Path, sysroot: Path) -> dict[str, bytes]:
-    """The bytecode of one file by the name that it has beside it; empty where the guest's Python does not run here."""
+def _compiled(sources: list[Path], sysroot: Path) -> dict[str, bytes]:
+    """The agent's bytecode, by the names in __pycache__; empty where the guest's Python does not run here."""
     with tempfile.TemporaryDirectory() as directory:
-        copy = Path(directory, source.name)
-        copy.write_bytes(source.read_bytes())
-        compile_python([(copy, f"/{GUEST}/{source.name}")], sysroot, lambda _line: None)
-        return {path.name: path.read_bytes() for path in copy.parent.glob("__pycache__/*.pyc")}
+        copies = [Path(shutil.copy(source, directory)) for source in sources]
+        names = [(copy, f"/{GUEST}/{AGENT}/{copy.name}") for copy in copies]
+        compile_python(names, sysroot, lambda _line: None)
+        return {path.name: path.read_bytes() for path in Path(directory).glob("__pycache__/*.pyc")}
 
 
 def _add_modules(archive: Archive, part: KernelPart, kernel: Kernel) -> None:

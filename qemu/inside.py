@@ -8,8 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qemu.agent import Agent, Completed, GuestProcess
+from qemu.agent import Agent
+from qemu.completed import Completed
 from qemu.errors import HarnessError
+from qemu.guest_process import GuestProcess
 
 FAULT = re.compile(r"DMAR:.*\bfault addr\b|virtio_iommu.*\bfault\b")
 

@@ -10,8 +10,9 @@ import contextlib
 from pathlib import Path
 from typing import Any, NoReturn, Self
 
-from qemu.agent import Agent, CommandError
+from qemu.agent import Agent
 from qemu.box import Box
+from qemu.completed import CommandError
 from qemu.errors import HarnessError, NotOnMetal
 from qemu.faults import Faults
 from qemu.inside import Inside

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from qemu.agent import CommandFailed
 from qemu.capabilities import lacking, lacks_root
+from qemu.completed import CommandFailed
 from qemu.dimensions import Dimensions
 from qemu.errors import NotOnMetal
 from qemu.guest import Guest

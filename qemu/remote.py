@@ -16,8 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qemu.agent import CommandError, GuestProcess
+from qemu.completed import CommandError
 from qemu.errors import AgentError
+from qemu.guest_process import GuestProcess
 from qemu.inside import Inside
 
 HOME = "/run/harness"

@@ -22,10 +22,10 @@ import tty
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from qemu.agent import GuestProcess
 from qemu.codedisk import build_code_disk
 from qemu.errors import HarnessError
 from qemu.guest import Guest, Nic, boot
+from qemu.guest_process import GuestProcess
 from qemu.images import DEFAULT_RECIPE, Recipe, ensure_image
 
 LEAVE = b"\x1d"

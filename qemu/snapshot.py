@@ -23,7 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import qemu.vm
-from images.agent import PROTOCOL
+from images.agent.protocol import PROTOCOL
 from qemu.cache import Cache, key_of
 from qemu.command import Channels, Machine, build, netdev_id
 

@@ -11,16 +11,15 @@ do not, and are for speed and for exactness.
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import os
 import select
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from scapy.data import MTU
 from scapy.layers.l2 import Ether
@@ -29,12 +28,11 @@ from scapy.supersocket import SuperSocket
 
 from qemu.capture import INBOUND, OUTBOUND, Capture, Tally
 from qemu.errors import HarnessError
-from qemu.exactness import Exchange, WireMismatch, compare
+from qemu.exactness import Exactness
+from qemu.inbox import QUEUE, Frame, Inbox
 
 LONGEST = 65_000
 """Bytes of the longest frame that passes QEMU's dgram backend."""
-QUEUE = 1 << 19
-"""Frames that wait for a reader before the oldest are dropped (and counted in `overflowed`)."""
 ROOM = 106_496
 """Half of the bytes, bookkeeping included, that a socket holds of what was sent: Linux's default, on whatever host."""
 SEND_SECONDS = 5.0
@@ -48,14 +46,7 @@ class WireStalled(HarnessError):
     """The guest's NIC took no frame in time: no driver runs there, its link is down or the guest is paused."""
 
 
-class Frame(NamedTuple):
-    """A frame off the wire and when it was taken off, in nanoseconds of the monotonic clock."""
-
-    data: bytes
-    time_ns: int
-
-
-class Wire(SuperSocket):  # type: ignore[misc]
+class Wire(Exactness, SuperSocket):  # type: ignore[misc]
     """The host's end. Owns both sockets until QEMU has its own; `pcap` gets a pcapng of both directions."""
 
     desc = "frames of a guest's NIC"
@@ -69,15 +60,13 @@ class Wire(SuperSocket):  # type: ignore[misc]
         self.closed = True  # until there is something to close
         self.name = name
         self.pcap = pcap
-        self.sent = self.received = self.sent_bytes = self.received_bytes = self.overflowed = 0
+        self.sent = self.sent_bytes = self.received_bytes = 0
         self._socket, self._theirs = self._open()
         self._capture = Capture(pcap, name) if pcap is not None else None
         self._tally = Tally(pcap) if pcap is not None else None
         self._clock_offset = time.time_ns() - time.monotonic_ns()
-        self._frames: collections.deque[Frame] = collections.deque()
-        self._arrived = threading.Condition()
+        self._inbox = Inbox()
         self._hearing = threading.Lock()
-        self._readable = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._stop = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._reader = threading.Thread(target=self._read, name=f"wire {name}", daemon=True)
         self._reader.start()
@@ -139,15 +128,7 @@ class Wire(SuperSocket):  # type: ignore[misc]
                 return
             if not batch:
                 continue
-            with self._arrived:
-                if not self._frames:
-                    os.eventfd_write(self._readable, 1)
-                self._frames.extend(batch)
-                self.received += len(batch)
-                while len(self._frames) > QUEUE:
-                    self._frames.popleft()
-                    self.overflowed += 1
-                self._arrived.notify_all()
+            self._inbox.add(batch)
             for data, at in batch:
                 self.received_bytes += len(data)
                 if self._capture is not None:
@@ -163,20 +144,19 @@ class Wire(SuperSocket):  # type: ignore[misc]
         if self._capture is not None:
             self._capture.write(data, time.time_ns(), INBOUND)
 
+    @property
+    def received(self) -> int:
+        """Frames that have come, taken by somebody or not."""
+        return self._inbox.received
+
+    @property
+    def overflowed(self) -> int:
+        """Frames that were dropped because nobody took those before them."""
+        return self._inbox.overflowed
+
     def take(self, timeout: float | None = 0.0, limit: int = QUEUE) -> list[Frame]:
         """The frames that have come, at most `limit`; waits up to `timeout` seconds (None: for ever) for a first."""
-        with self._arrived:
-            if not self._frames and timeout != 0.0:
-                self._arrived.wait_for(lambda: self._frames or self.closed, timeout)
-            if len(self._frames) <= limit:
-                frames = list(self._frames)
-                self._frames.clear()
-            else:
-                frames = [self._frames.popleft() for _ in range(limit)]
-            if not self._frames and not self.closed:
-                with contextlib.suppress(BlockingIOError):
-                    os.eventfd_read(self._readable)
-            return frames
+        return self._inbox.take(timeout, limit)
 
     @contextlib.contextmanager
     def deaf(self) -> Iterator[None]:
@@ -215,7 +195,7 @@ class Wire(SuperSocket):  # type: ignore[misc]
 
     def fileno(self) -> int:
         """Readable while frames wait: not to be read from."""
-        return -1 if self.closed else self._readable
+        return -1 if self.closed else self._inbox.fileno()
 
     # Sending
 
@@ -225,12 +205,12 @@ class Wire(SuperSocket):  # type: ignore[misc]
         Raises ValueError on a frame that would break or not pass QEMU's backend, WireStalled, WireClosed.
         """
         data = frame if isinstance(frame, bytes) else bytes(frame)
-        self._transmit(data, timeout)
+        self.transmit(data, timeout)
         if isinstance(frame, Packet):
             frame.sent_time = time.time()
         return len(data)
 
-    def _transmit(self, data: bytes, timeout: float) -> int:
+    def transmit(self, data: bytes, timeout: float) -> int:
         """Send bytes; returns the time right before, in nanoseconds of the monotonic clock."""
         if not data:
             # QEMU takes an empty datagram for the end and never reads again.
@@ -278,116 +258,6 @@ class Wire(SuperSocket):  # type: ignore[misc]
             except OSError as error:
                 raise self._gone(error) from error
 
-    # Exactness
-
-    def exchange(
-        self,
-        frames: Iterable[bytes | Packet],
-        *,
-        reply: Callable[[bytes], bytes] = lambda frame: frame,
-        window: int = 32,
-        timeout: float = 5.0,
-        ignore: Callable[[bytes], bool] = lambda _: False,
-        flow: Callable[[bytes], object] = lambda _: None,
-        progress: Callable[[Exchange], None] | None = None,
-    ) -> Exchange:
-        """Send frames, at most `window` of them unanswered at any moment, and match what comes back.
-
-        `reply` tells what the answer to a frame has to be. Ends when everything is answered or when no answer came
-        for `timeout` seconds. Frames for which `ignore` is true do not count. Answers keep their order when they are of
-        one `flow`: all are, unless it says otherwise. Never raises on a difference: see Exchange.check(). An extra
-        frame that comes after the last answer is found by the next call, so end with a call that matters little, or
-        with expect([]).
-        """
-        outcome = Exchange()
-        due: dict[bytes, collections.deque[tuple[int, int]]] = {}
-        answered: set[bytes] = set()
-        outstanding = 0
-        latest: dict[object, int] = {}
-        source = iter(frames)
-        more = True
-        began = progressed = time.monotonic()
-        while more or outstanding:
-            while more and outstanding < window:
-                frame = next(source, None)
-                if frame is None:
-                    more = False
-                    break
-                data = frame if isinstance(frame, bytes) else bytes(frame)
-                at = self._transmit(data, timeout)
-                due.setdefault(reply(data), collections.deque()).append((outcome.sent, at))
-                outcome.sent += 1
-                outstanding += 1
-            if not outstanding:
-                break
-            came = self.take(max(0.0, progressed + timeout - time.monotonic()))
-            if not came:
-                break
-            for data, at in came:
-                if expected := due.get(data):
-                    index, sent_at = expected.popleft()
-                    if not expected:
-                        del due[data]
-                    answered.add(data)
-                    outstanding -= 1
-                    outcome.received += 1
-                    outcome.rtt_ns.append(at - sent_at)
-                    last = latest.get(of := flow(data), -1)
-                    outcome.reordered += index < last
-                    latest[of] = max(last, index)
-                    progressed = time.monotonic()
-                elif ignore(data):
-                    continue
-                else:
-                    (outcome.twice if data in answered else outcome.extra).append(data)
-            if progress is not None:
-                progress(outcome)
-        outcome.lost = [data for data, waiting in due.items() for _ in waiting]
-        outcome.seconds = time.monotonic() - began
-        return outcome
-
-    def expect(
-        self,
-        frames: Iterable[bytes | Packet],
-        *,
-        timeout: float = 5.0,
-        ordered: bool = True,
-        until: bytes | Packet | None = None,
-        ignore: Callable[[bytes], bool] = lambda _: False,
-    ) -> list[Frame]:
-        """Wait for exactly these frames and return them as they came; raise WireMismatch on any difference.
-
-        A missing, extra, doubled or (if `ordered`) displaced frame is a difference. Without `until` it returns as
-        soon as as many frames are there, and does not see an extra one behind them; with `until`, a sentinel that
-        is sent last on the other side, it reads up to that one, which closes the account without waiting for
-        silence. Frames for which `ignore` is true do not count.
-        """
-        wanted = [bytes(frame) for frame in frames]
-        sentinel = bytes(until) if until is not None else None
-        came: list[Frame] = []
-        deadline = time.monotonic() + timeout
-        closed = False
-        while not closed and (sentinel is not None or len(came) < len(wanted)):
-            batch = self.take(max(0.0, deadline - time.monotonic()))
-            if not batch:
-                break
-            for frame in batch:
-                if frame.data == sentinel:
-                    closed = True
-                elif not ignore(frame.data):
-                    came.append(frame)
-        came += [frame for frame in self.take() if not ignore(frame.data)]
-        got = [frame.data for frame in came]
-        difference = compare(wanted, got, ordered)
-        open_ended = sentinel is not None and not closed
-        if difference is None and not open_ended:
-            return came
-        counts, lines = difference or ("all of them", [])
-        head = f"{self.name}: {len(wanted)} frames expected, {len(got)} came within {timeout:g} s: {counts}"
-        if open_ended:
-            head += "; the sentinel that was to close the account did not come"
-        raise WireMismatch("\n".join((head, *lines)))
-
     def close(self) -> None:
         """Close the wire: capture complete, thread ended."""
         if self.closed:
@@ -396,12 +266,10 @@ class Wire(SuperSocket):  # type: ignore[misc]
         os.eventfd_write(self._stop, 1)
         if threading.current_thread() is not self._reader:
             self._reader.join()
-        with self._arrived:
-            self._arrived.notify_all()
         self._socket.close()
         if self._theirs is not None:
             self._theirs.close()
         if self._capture is not None:
             self._capture.close()
-        os.close(self._readable)
+        self._inbox.close()
         os.close(self._stop)

@@ -8,8 +8,8 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from qemu.agent import GuestProcess
 from qemu.guest import Guest
+from qemu.guest_process import GuestProcess
 from qemu.wire import Wire
 from tests.e2e import testbed
 from tests.e2e.account import Account

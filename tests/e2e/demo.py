@@ -19,8 +19,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from qemu.agent import CommandError
+from qemu.accel import in_brief
 from qemu.codedisk import build_code_disk
+from qemu.completed import CommandError
 from qemu.errors import HarnessError
 from qemu.exactness import Exchange, WireMismatch
 from qemu.guest import Nic, boot
@@ -138,7 +139,7 @@ def run(accel: str, out: Path, progress: Progress) -> tuple[dict[str, Any], str]
             received = guest.wire.received
             report = {
                 "accel": guest.accel.name,
-                "accel_reason": guest.accel.reason,
+                "accel_reason": in_brief(guest.accel.reason),
                 "boot_s": round(guest.boot_seconds, 2),
                 "frames_sent": account.sent,
                 "frames_received": account.received,

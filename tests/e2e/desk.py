@@ -16,8 +16,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from qemu.agent import GuestProcess
 from qemu.guest import Guest, Nic
+from qemu.guest_process import GuestProcess
 from qemu.session import Session
 from qemu.tap import Tap
 

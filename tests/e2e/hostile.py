@@ -3,6 +3,7 @@
 keep     takes the port COUNT times, and keeps every file and mapping that it was sent
 crowd    knocks COUNT times, some of the connections at a time; says which reasons it heard
 wreck    takes the port and does to its memory, its doorbells and its socket whatever they let it do, for COUNT seconds
+         and WRECKED sessions at the least; says for which reasons they ended
 linger   a child takes the port, holds COUNT frames and COUNT buffers to send, and is killed; its parent keeps the
          memory, and says for each line of its input what is in it: a digest, and whether MARK is
 stall    takes the port and reads nothing until there is a line of input, then all that is there
@@ -23,11 +24,12 @@ import socket
 import sys
 import time
 
-from netbridge.client import PortError, connect
+from netbridge.client import PortClosed, PortError, connect
 from netbridge.ipc.messages import DEFAULT_SOCKET, Bye, Facts, Hello, Link, parse
 
 PATIENCE_SECONDS = 30.0
 AT_A_TIME = 40
+WRECKED = 6
 MARK = b"a frame that only the next client may see"
 FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE = 1, 2
 
@@ -71,24 +73,26 @@ def wreck(seconds: int) -> str:
     choose = random.Random(1)
     end = time.monotonic() + seconds
     sessions = 0
-    while time.monotonic() < end:
+    ended: collections.Counter[str] = collections.Counter()
+    while time.monotonic() < end or sessions < WRECKED:
         with connect(wait=PATIENCE_SECONDS, name="wrecker") as port:
             sessions += 1
+            rings = sessions % 2 == 0  # or else the frames
             fds = port._fds
             # What an epoll instance and an eventfd let whoever has them do.
             select.epoll.fromfd(os.dup(fds[4])).register(fds[3], select.EPOLLIN)
             fcntl.fcntl(fds[3], fcntl.F_SETFL, 0)
             fcntl.fcntl(fds[3], fcntl.F_SETOWN, os.getppid())
             fcntl.fcntl(fds[3], fcntl.F_SETFL, os.O_NONBLOCK)
-            if sessions % 2:
+            if not rings:
                 ring(fds[3], (1 << 64) - 2)  # no ring of it is heard any more
             sizes = [os.fstat(fd).st_size for fd in fds[:3]]
             for fd, size in zip(fds, sizes, strict=False):
                 for forbidden in (0, size - 4096, size + 4096):
                     assert libc.ftruncate(fd, ctypes.c_long(forbidden)) < 0, "sealed"
             maps = [mmap.mmap(fd, size) for fd, size in zip(fds, sizes, strict=False)]
-            # The frames, of which the headers are the device's; or the rings, which end the session at once.
-            for region in (1, 2, 1, 2) if sessions % 2 else (0,):
+            # The frames, of which the headers are the device's; or the rings, which end the session.
+            for region in (0,) if rings else (1, 2, 1, 2):
                 memory, size = maps[region], sizes[region]
                 for _ in range(200):
                     at = choose.randrange(size - 64)
@@ -96,19 +100,23 @@ def wreck(seconds: int) -> str:
                 flags = FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE
                 libc.fallocate(fds[region], flags, ctypes.c_long(0), ctypes.c_long(size))
                 ring(fds[3])
-                memory[:] = bytes(choose.randbytes(1)) * size
+                # Not zeros: a ring to which nothing was added yet would be as it was.
+                memory[:] = bytes([choose.randrange(1, 256)]) * size
                 ring(fds[3])
                 time.sleep(0.02)
-            for message in (Hello("again").pack(), Link(Facts(bytes(6))).pack(), b"x" * 900):
-                for _ in range(100):
-                    port._conversation._control.send(message)
+            if not rings:  # which have to be looked at before the session ends for another reason
+                for message in (Hello("again").pack(), Link(Facts(bytes(6))).pack(), b"x" * 900):
+                    for _ in range(100):
+                        port._conversation._control.send(message)
             try:
                 while True:
                     port.check()
                     select.select([port.control_fd], [], [], PATIENCE_SECONDS)
+            except PortClosed as error:
+                ended[error.reason.name] += 1
             except PortError:
-                pass
-    return f"{sessions} sessions"
+                ended["UNHEARD"] += 1  # with so much unread, the reason may be lost
+    return ", ".join(f"{reason} {number}" for reason, number in sorted(ended.items()))
 
 
 def linger(count: int) -> str:

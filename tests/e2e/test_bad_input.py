@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import pytest
 
 from netbridge.errors import ExitCode
-from qemu.agent import Completed
+from qemu.completed import Completed
 from qemu.guest import Guest, Nic
 from qemu.session import Session
 from tests.e2e import testbed

@@ -22,7 +22,7 @@ import pytest
 from scapy.layers.l2 import ARP, Ether
 from scapy.utils import PcapNgReader
 
-from qemu.agent import CommandTimedOut
+from qemu.completed import CommandTimedOut
 from qemu.errors import GuestLost
 from qemu.guest import Guest, Nic
 from qemu.remote import RemoteTests

@@ -27,9 +27,9 @@ from scapy.packet import Packet, Raw
 from scapy.utils import checksum
 
 from netbridge.client import Offload, VirtioNetHeader
-from qemu.agent import GuestProcess
 from qemu.command import Nic
 from qemu.guest import Guest
+from qemu.guest_process import GuestProcess
 from qemu.session import Session
 from qemu.tap import ETH_P_ALL, Tap
 from tests.e2e import testbed

@@ -18,7 +18,7 @@ import pytest
 from qemu.guest import Guest
 from qemu.wire import Wire
 from tests.e2e import testbed
-from tests.e2e.test_survival import Load
+from tests.e2e.load import Load
 from tests.e2e.testbed import Testbed
 from tests.e2e.traffic import Generator, reflected
 

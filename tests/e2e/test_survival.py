@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import re
 import signal
-import threading
 import time
 from collections.abc import Callable
 
 import pytest
 
-from qemu.agent import GuestProcess
 from qemu.guest import Guest
+from qemu.guest_process import GuestProcess
 from qemu.wire import Wire
 from tests.e2e import testbed
 from tests.e2e.hostile import MARK
+from tests.e2e.load import Load
 from tests.e2e.testbed import Testbed
 from tests.e2e.traffic import SHORTEST, Generator, reflected
 
@@ -30,39 +30,6 @@ def echoed(wire: Wire, bed: Testbed, count: int = 64) -> None:
 def command_register(guest: Guest, pci: str) -> int:
     script = f"open('/sys/bus/pci/devices/{pci}/config', 'rb').read(6)[4:].hex()"
     return int.from_bytes(bytes.fromhex(guest.eval(script)), "little")
-
-
-class Load:
-    """Keeps sending frames, and reads nothing: what comes back meanwhile is drained afterwards."""
-
-    def __init__(self, wire: Wire, mac: str) -> None:
-        self._wire = wire
-        self._frames = Generator(mac).udp(256)
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run)
-
-    def _run(self) -> None:
-        while not self._stop.is_set():
-            for frame in self._frames:
-                # While there is no driver the NIC takes none.
-                self._wire.send(frame, timeout=testbed.START_SECONDS)
-                if self._stop.wait(0.002):
-                    return
-
-    def wait_for_answers(self, count: int) -> None:
-        """Until so many frames have come back: driver and service are at work."""
-        wanted, deadline = self._wire.received + count, time.monotonic() + testbed.START_SECONDS
-        while self._wire.received < wanted:
-            assert time.monotonic() < deadline, f"{wanted - self._wire.received} of {count} answers are still missing"
-            self._stop.wait(0.01)
-
-    def __enter__(self) -> Load:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
 
 
 STAGES = ("driver_died", "driver_restarts", "claimed", "prepared", "up", "serving")

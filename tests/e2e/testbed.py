@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qemu.agent import GuestProcess
 from qemu.guest import Guest
+from qemu.guest_process import GuestProcess
 from qemu.views import device_status
 from qemu.wire import Wire
 from tests.e2e.account import Account

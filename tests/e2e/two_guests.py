@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qemu.agent import GuestProcess
 from qemu.guest import Guest, Nic
+from qemu.guest_process import GuestProcess
 from qemu.session import Session
 from qemu.tap import Tap
 from tests.e2e import testbed

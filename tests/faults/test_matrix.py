@@ -9,8 +9,6 @@ runs a few of these, `make faults` all.
 from __future__ import annotations
 
 import contextlib
-import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -21,8 +19,9 @@ from qemu.guest import Guest
 from qemu.truth import DRIVERS
 from qemu.truth import FAULTS as IOMMU
 from qemu.views import agreed_ring
-from qemu.wire import Wire, WireClosed, WireStalled
+from qemu.wire import Wire
 from tests.e2e import testbed
+from tests.e2e.load import Load
 from tests.e2e.testbed import Testbed
 from tests.e2e.traffic import Generator, reflected
 
@@ -36,41 +35,6 @@ DEVICE_GONE = 4
 STEPS = ("claimed", "confined", "prepared", "up")
 """Lines of the monitor's and the driver's log, in the order in which a start comes by them: both stand still there. The
 steps between them are in test_initialisation.py."""
-
-
-class Load:
-    """Frames sent all the while, and nothing read: what comes back is taken when the account is settled. The block
-    begins when frames have come back."""
-
-    def __init__(self, wire: Wire, mac: str) -> None:
-        self._wire, self._mac = wire, mac
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run)
-
-    def _run(self) -> None:
-        frames = Generator(self._mac).udp(256)
-        while not self._stop.is_set():
-            for frame in frames:
-                # A NIC without a driver, or with its link down or its machine paused, takes none: then they wait.
-                with contextlib.suppress(WireStalled):
-                    try:
-                        self._wire.send(frame, timeout=0.2)
-                    except WireClosed:
-                        return
-                if self._stop.wait(0.002):
-                    return
-
-    def __enter__(self) -> Load:
-        wanted, deadline = self._wire.received + ANSWERS, time.monotonic() + REPLY_SECONDS
-        self._thread.start()
-        while self._wire.received < wanted:
-            assert time.monotonic() < deadline, f"{ANSWERS} frames have not come back within {REPLY_SECONDS:g} s"
-            time.sleep(0.005)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
 
 
 @dataclass(frozen=True)
@@ -234,7 +198,9 @@ def test_fault(guest: Guest, wire: Wire, fault: Fault, moment: str, ring: str) -
             assert agreed_ring(guest) == ring
             if halt_at is None:
                 account(wire, bed)
-                with Load(wire, bed.mac) if moment == "load" else contextlib.nullcontext():
+                with contextlib.ExitStack() as stack:
+                    if moment == "load":
+                        stack.enter_context(Load(wire, bed.mac)).wait_for_answers(ANSWERS)
                     happen(bed)
             if fault.happen not in (close_wire, replug, reset):
                 account(wire, bed)

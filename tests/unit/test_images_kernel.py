@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from qemu.errors import ImageBuildFailed, ToolMissing
-from qemu.initrd import FILES, INIT_FILES, Archive, build_initrd, initrd_inputs
+from qemu.initrd import AGENT, FILES, INIT_FILES, Archive, build_initrd, initrd_inputs
 from qemu.kernel import MAGIC, PAYLOAD, SETUP_SECTORS, Kernel, decompress, modules_needed, read_module, unpack_kernel
 from qemu.recipe import KernelPart, Source
 from tests.unit.images_fakes import package
@@ -127,6 +127,7 @@ def test_the_initramfs_holds_init_busybox_and_the_modules(kernel: Kernel) -> Non
     assert members["usr/lib/guest/busybox"] == Member(stat.S_IFREG | 0o755, (0, 0), b"the busybox")
     assert members["init"].data == (INIT_FILES / "initrd.sh").read_bytes()
     assert members["init"].mode == stat.S_IFREG | 0o755
+    assert members["usr/lib/guest/agent/main.py"].data == (INIT_FILES / "agent/main.py").read_bytes()
     assert members["bin/busybox"] == Member(stat.S_IFLNK | 0o777, (0, 0), b"/usr/lib/guest/busybox")
     assert members["usr/lib/guest/modules"].data == b'early="virtio_blk"\nlate="vfio-pci"\n'
     modules = {name.rpartition("/")[2] for name in members if name.endswith((".ko", ".xz"))}
@@ -141,11 +142,14 @@ def test_equal_inputs_make_equal_archives(kernel: Kernel) -> None:
 
 
 def test_every_file_of_the_guest_counts_for_the_key(tmp_path: Path) -> None:
-    for name in FILES.values():
+    agent = [f"{AGENT}/{path.name}" for path in (INIT_FILES / AGENT).glob("*.py")]
+    assert f"{AGENT}/main.py" in agent
+    (tmp_path / AGENT).mkdir()
+    for name in (*FILES.values(), *agent):
         (tmp_path / name).write_bytes((INIT_FILES / name).read_bytes())
     before = initrd_inputs(PART, tmp_path)
     assert before == initrd_inputs(PART)
-    for name in FILES.values():
+    for name in (*FILES.values(), *agent):
         text = (tmp_path / name).read_bytes()
         (tmp_path / name).write_bytes(text + b"\n")
         assert initrd_inputs(PART, tmp_path) != before, name

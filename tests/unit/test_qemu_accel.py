@@ -67,6 +67,25 @@ def test_a_verdict_is_for_one_kernel_and_one_boot_of_the_host(
     assert not choose(kernel, device).proven
 
 
+ABORTED = (
+    "kvm: /dev/kvm opens, but guest never came up: qemu-system-x86_64 was ended by SIGABRT and said "
+    '"qemu-system-x86_64: error: failed to set MSR 0x10a to 0x69; '
+    "qemu-system-x86_64: ../../target/i386/kvm/kvm.c:3183: kvm_buf_set_msrs: Assertion `ret' failed.\""
+)
+
+
+def test_a_run_says_the_reason_in_brief_and_the_verdict_keeps_all_of_it(kernel: Path, device: Path) -> None:
+    cache = kernel.parent / "cache"
+    remember(Accelerator("tcg", ABORTED), kernel=kernel, cache=cache)
+    assert choose(kernel, device).reason == ABORTED
+    brief = "kvm: /dev/kvm opens, but qemu-system-x86_64 was ended by SIGABRT: failed to set MSR 0x10a to 0x69"
+    assert str(choose(kernel, device)) == f"tcg ({brief})"
+    assert accel.expectation(cache=cache, device=device, environ={}) == f"tcg ({brief})"
+    assert accel.in_brief("guest never came up: it has used 10 s of processor time") == (
+        "it has used 10 s of processor time"
+    )
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"name": "magic", "reason": ""}', '{"reason": "x"}'])
 def test_a_damaged_verdict_counts_as_none(kernel: Path, device: Path, content: str) -> None:
     remember(Accelerator("tcg", "seen"), kernel=kernel, cache=kernel.parent / "cache")

@@ -15,11 +15,14 @@ from typing import Any
 
 import pytest
 
-from images.agent import HEAD, MAGIC, MAX_PAYLOAD, PROTOCOL, Decoder, encode, find_port
-from qemu.agent import Agent, CommandFailed, CommandTimedOut
+from images.agent.machine import find_port
+from images.agent.protocol import HEAD, MAGIC, MAX_PAYLOAD, PROTOCOL, Decoder, encode
+from qemu.agent import Agent
+from qemu.completed import CommandFailed, CommandTimedOut
 from qemu.errors import AgentError, GuestLost
 
-SCRIPT = Path(__file__).parents[2] / "images" / "agent.py"
+IMAGES = Path(__file__).parents[2] / "images"
+START = f"import sys; sys.path.insert(0, {str(IMAGES)!r}); from agent.main import main; sys.exit(main(sys.argv[1:]))"
 
 
 class Local:
@@ -29,7 +32,7 @@ class Local:
         here, there = socket.socketpair()
         self.raw = here
         self.process = subprocess.Popen(
-            [*prefix, sys.executable, "-I", "-S", str(SCRIPT), "--fd", str(there.fileno())], pass_fds=[there.fileno()]
+            [*prefix, sys.executable, "-I", "-S", "-c", START, "--fd", str(there.fileno())], pass_fds=[there.fileno()]
         )
         there.close()
         self.agent = Agent(here)

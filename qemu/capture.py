@@ -9,10 +9,12 @@ from __future__ import annotations
 import mmap
 import struct
 import threading
+import time
 from pathlib import Path
 
-SECTION, INTERFACE, ENHANCED_PACKET = 0x0A0D0D0A, 1, 6
+SECTION, INTERFACE, STATISTICS, ENHANCED_PACKET = 0x0A0D0D0A, 1, 5, 6
 OPT_END, OPT_IF_NAME, OPT_IF_TSRESOL, OPT_EPB_FLAGS = 0, 2, 9, 2
+OPT_IF_RECEIVED, OPT_IF_DROPPED = 4, 5
 NANOSECONDS = 9
 ETHERNET = 1
 INBOUND, OUTBOUND = 1, 2
@@ -36,26 +38,38 @@ class Capture:
         flags: _option(OPT_EPB_FLAGS, struct.pack("<I", flags)) + _option(OPT_END, b"") for flags in (INBOUND, OUTBOUND)
     }
 
-    def __init__(self, path: Path, interface: str):
+    def __init__(self, path: Path, interface: str, kept: int = 0):
+        """`kept` is how many bytes of a frame write() gets at the most; 0: all of it."""
         self.path = path
         self._lock = threading.Lock()
         self._file = path.open("wb", buffering=1 << 18)
         options = _option(OPT_IF_NAME, interface.encode()) + _option(OPT_IF_TSRESOL, bytes([NANOSECONDS]))
         self._file.write(_block(SECTION, struct.pack("<IHHq", 0x1A2B3C4D, 1, 0, -1)))
-        self._file.write(_block(INTERFACE, struct.pack("<HHI", ETHERNET, 0, 0) + options + _option(OPT_END, b"")))
+        self._file.write(_block(INTERFACE, struct.pack("<HHI", ETHERNET, 0, kept) + options + _option(OPT_END, b"")))
         self._file.flush()
 
-    def write(self, frame: bytes, time_ns: int, direction: int) -> None:
-        """Append one frame; `time_ns` counts from the epoch. After close() it does nothing."""
+    def write(self, frame: bytes, time_ns: int, direction: int, whole: int = 0) -> None:
+        """Append one frame, or the beginning of one of `whole` bytes; `time_ns` counts from the epoch. After close() it
+        does nothing."""
         length = len(frame)
+        whole = whole or length
         padding = PADDING[length % 4]
         tail = self._tails[direction]
         total = 32 + length + len(padding) + len(tail)
-        head = self._packet.pack(ENHANCED_PACKET, total, 0, time_ns >> 32, time_ns & 0xFFFFFFFF, length, length)
+        head = self._packet.pack(ENHANCED_PACKET, total, 0, time_ns >> 32, time_ns & 0xFFFFFFFF, length, whole)
         block = b"".join((head, frame, padding, tail, total.to_bytes(4, "little")))
         with self._lock:
             if not self._file.closed:
                 self._file.write(block)
+
+    def count(self, seen: int, missing: int) -> None:
+        """Append what there is to say of the interface: frames that it has had, and those of them that are not here."""
+        now = time.time_ns()
+        values = ((OPT_IF_RECEIVED, seen), (OPT_IF_DROPPED, missing))
+        options = b"".join(_option(code, struct.pack("<Q", value)) for code, value in values) + _option(OPT_END, b"")
+        with self._lock:
+            if not self._file.closed:
+                self._file.write(_block(STATISTICS, struct.pack("<III", 0, now >> 32, now & 0xFFFFFFFF) + options))
 
     def flush(self) -> None:
         """Bring all that was written so far to the file."""

@@ -27,6 +27,7 @@ from qemu.errors import AcceleratorUnavailable, GuestNeverCameUp, GuestPanicked,
 from qemu.faults import Faults
 from qemu.inside import Inside
 from qemu.snapshot import Snapshot
+from qemu.tap import Tap
 from qemu.vm import VirtualMachine
 from qemu.wire import Wire
 
@@ -118,11 +119,11 @@ def boot(
     restored is removed, `say` and Guest.origin tell why, and the guest is booted.
 
     `code` is a second read-only disk; `append` goes to the kernel's command line, `extra_args` to QEMU's. A NIC
-    without a wire gets one, captured in `artefacts`, which belongs to the guest: see Guest.wires. `accel` is "auto",
-    "kvm" or "tcg"; with "auto" a KVM that does not get this kernel to its user space is given up for TCG, and
-    Guest.accel tells why. `say` gets a line when that takes an attempt. `timeout` bounds each attempt, in case nothing
-    else does: a guest that is idle, spins or floods its console is given up long before. `cpus` defaults to two under
-    KVM and one under TCG (see command.py).
+    without a wire gets one, which belongs to the guest: see Guest.wires. That and a Tap are captured in `artefacts`.
+    `accel` is "auto", "kvm" or "tcg"; with "auto" a KVM that does not get this kernel to its user space is given up
+    for TCG, and Guest.accel tells why. `say` gets a line when that takes an attempt. `timeout` bounds each attempt, in
+    case nothing else does: a guest that is idle, spins or floods its console is given up long before. `cpus` defaults
+    to two under KVM and one under TCG (see command.py).
 
     Raises GuestPanicked, GuestNeverCameUp, AcceleratorUnavailable, ToolMissing.
     """
@@ -136,9 +137,11 @@ def boot(
     fitted = []
     for index, nic in enumerate(nics):
         wire = nic.wire
+        pcap = artefacts / (f"wire-{nic.id}.pcap" if index else "wire.pcap")
         if wire is None:
-            name = "wire.pcap" if not made else f"wire-{nic.id}.pcap"
-            wire = made[nic.id] = Wire(artefacts / name, name=nic.id)
+            wire = made[nic.id] = Wire(pcap, name=nic.id)
+        elif isinstance(wire, Tap):
+            wire.capture(pcap)
         fitted.append(dataclasses.replace(nic, wire=wire, mac=nic.mac or default_mac(index)))
     plan = Machine(
         kernel=image.kernel,

@@ -23,17 +23,12 @@ from typing import Any, NamedTuple
 from pyroute2 import Ethtool, IPRoute
 
 from qemu.errors import HarnessError
+from qemu.packets import AUXDATA, ETH_P_ALL, PACKET_AUXDATA, SO_RCVBUFFORCE, SOL_PACKET, tag_of
 from qemu.wire import Wire, WireClosed
 
-ETH_P_ALL = 3
 IFF_UP = 1  # linux/if.h
-SOL_PACKET = 263  # linux/socket.h; the rest is linux/if_packet.h
-PACKET_ADD_MEMBERSHIP, PACKET_AUXDATA, PACKET_IGNORE_OUTGOING = 1, 8, 23
+PACKET_ADD_MEMBERSHIP, PACKET_IGNORE_OUTGOING = 1, 23  # linux/if_packet.h
 PACKET_MR_PROMISC = 1
-TP_STATUS_VLAN_VALID, TP_STATUS_VLAN_TPID_VALID = 1 << 4, 1 << 6
-ETH_P_8021Q = 0x8100
-AUXDATA = struct.Struct("IIIHHHH")  # status, len, snaplen, mac, net, vlan_tci, vlan_tpid
-SO_RCVBUFFORCE = 33  # asm-generic/socket.h
 RECEIVE_BYTES = 64 << 20
 LONGEST = 65_535
 MERGERS = ("rx-gro", "rx-lro", "rx-gro-hw", "rx-gro-list", "rx-udp-gro-forwarding")
@@ -148,7 +143,7 @@ class InterfaceWire(Wire):
             if error.errno == errno.ENETDOWN:
                 return None  # told once; it may come up again, and until then sending says so
             raise
-        data = _with_tag(data, ancillary)
+        data = data[:12] + tag_of(ancillary) + data[12:]  # as it was on the cable
         if data[6:12] in self._ours:
             return data
         self.noise += 1
@@ -177,17 +172,6 @@ class InterfaceWire(Wire):
         """As any wire, and the interface is as it was."""
         super().close()
         self._quiet.close()
-
-
-def _with_tag(data: bytes, ancillary: Sequence[tuple[int, int, bytes]]) -> bytes:
-    """The frame as it was on the cable: the tag that came beside it is in it again."""
-    for level, kind, value in ancillary:
-        if level == SOL_PACKET and kind == PACKET_AUXDATA and len(value) >= AUXDATA.size:
-            status, *_, tci, tpid = AUXDATA.unpack_from(value)
-            if status & TP_STATUS_VLAN_VALID:
-                protocol = tpid if status & TP_STATUS_VLAN_TPID_VALID else ETH_P_8021Q
-                return data[:12] + struct.pack(">HH", protocol, tci) + data[12:]
-    return data
 
 
 @contextlib.contextmanager

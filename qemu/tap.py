@@ -24,11 +24,12 @@ from pyroute2 import IPRoute
 
 from qemu.capabilities import lacks_root
 from qemu.errors import HarnessError, ToolMissing
+from qemu.packets import ETH_P_ALL
+from qemu.sniffer import Sniffer
 
 CLONE_NEWNET = 0x40000000  # linux/sched.h
 TUNSETIFF = 0x400454CA  # linux/if_tun.h
 IFF_TAP, IFF_NO_PI, IFF_MULTI_QUEUE, IFF_VNET_HDR = 0x0002, 0x1000, 0x0100, 0x4000
-ETH_P_ALL = 3
 MOST_QUEUES = 8
 
 Result = TypeVar("Result")
@@ -38,8 +39,8 @@ class Tap:
     """An interface with `queues` queue pairs and an address such as "10.9.8.2/24", or none; up from the start.
 
     Give the NIC properties={"mq": "on", "vectors": 2 * queues + 2} for more than one pair. `beside` another, it is in
-    that one's namespace, under another name. Raises HarnessError with the reason when this user may not make
-    interfaces.
+    that one's namespace, under another name. `captured` is false where a capture would be in the way of a measurement:
+    see capture(). Raises HarnessError with the reason when this user may not make interfaces.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class Tap:
         name: str = "tap0",
         mtu: int = 1500,
         beside: Tap | None = None,
+        captured: bool = True,
     ):
         if not 1 <= queues <= MOST_QUEUES:
             raise ValueError(f"a tap has 1 to {MOST_QUEUES} queue pairs, not {queues}")
@@ -63,6 +65,8 @@ class Tap:
         self.shape = f"{queues} queue pairs, offloads {'on' if offloads else 'off'}"
         """What a NIC sees of this peer: a guest that is restored must find the same."""
         self.closed = False
+        self._captured = captured
+        self._sniffer: Sniffer | None = None
         self._fds: list[int] = []
         self._namespace = -1
         try:
@@ -118,6 +122,16 @@ class Tap:
 
     # What one does with it
 
+    def capture(self, path: Path) -> None:
+        """Keep every frame from now on, both ways, as pcapng, until close(); of long ones the beginning. Booting the
+        guest that has the other end does so."""
+        if self._captured and self._sniffer is None:
+            self._sniffer = self.inside(lambda: Sniffer(path, self.name))
+
+    def captured(self) -> tuple[int, int] | None:
+        """Frames to the guest and from it as they are in the capture's file; None when none is kept."""
+        return None if self._sniffer is None else self._sniffer.captured()
+
     def run(self, argv: Sequence[str], timeout: float = 30.0) -> subprocess.CompletedProcess[str]:
         """Run a command of the host in the interface's namespace. Raises CalledProcessError, TimeoutExpired."""
         if shutil.which("nsenter") is None:
@@ -162,6 +176,9 @@ class Tap:
     def close(self) -> None:
         """Nothing of it is left once QEMU has ended, too. May be called again."""
         self.closed = True
+        if self._sniffer is not None:
+            self._sniffer.close()
+            self._sniffer = None
         self.attached()
         if hasattr(self, "packets"):
             self.packets.close()

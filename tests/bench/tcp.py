@@ -50,7 +50,7 @@ def contests(quick: bool) -> Iterator[Series]:
     with ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="netbridge-bench-")))
         try:
-            tap = stack.enter_context(Tap(f"{HOST}/{LENGTH}"))
+            tap = stack.enter_context(Tap(f"{HOST}/{LENGTH}", captured=False))
             guest = stack.enter_context(_boot(directory, tap))
         except HarnessError as error:
             raise Unavailable(str(error).splitlines()[0]) from error

@@ -34,6 +34,11 @@ def test_the_host_s_kernel_as_peer_with_two_queue_pairs_and_offloads(guest: Gues
     while not ((frame := Ether(tap.packets.recv(2048))).haslayer(ARP) and frame[ARP].op == IS_AT):
         pass
     assert (frame[ARP].psrc, frame[ARP].hwsrc) == ("10.9.8.1", mac)
+    # Both are in what is kept of the guest, as they crossed.
+    captured = tap.captured()
+    assert captured is not None
+    assert min(captured) >= 1
+    assert bytes(frame) in (guest.artefacts / "wire.pcap").read_bytes()
     assert "tap0" in tap.run(["cat", "/proc/net/dev"]).stdout
     queues = guest.run(["ls", f"/sys/class/net/{name}/queues"]).stdout.split()
     assert {"rx-0", "rx-1", "tx-0", "tx-1"} <= set(queues)

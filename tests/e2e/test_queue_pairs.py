@@ -56,7 +56,7 @@ class Several:
 
 @pytest.fixture(scope="module")
 def several(guests: Session) -> Iterator[Several]:
-    with Tap(queues=MOST_PAIRS, offloads=False) as tap:
+    with Tap(queues=MOST_PAIRS, offloads=False, captured=False) as tap:  # the wire on it is
         nic = Nic(wire=tap, properties={"mq": "on", "packed": "on", "vectors": 2 * MOST_PAIRS + 2})
         with guests.boot("pairs", nics=[nic]) as guest:
             mac = str(guest.machine.nics[0].mac)

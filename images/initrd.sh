@@ -30,6 +30,7 @@ find_disk() {
 # By its full path, because the shell finds its other commands through /proc.
 $busybox mount -a -T /usr/lib/guest/fstab.early
 exec </dev/console >/dev/console 2>&1
+echo "guest: its kernel is up"
 # Sets `early`, the recipe's modules. Those that are missing in this kernel were found out when the image was built.
 . /usr/lib/guest/modules
 # shellcheck disable=SC2086 # a list of words

@@ -11,8 +11,9 @@ import signal as signals
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from qemu.command import nic_device
+from qemu.command import Nic, nic_device
 from qemu.errors import HarnessError
+from qemu.wire import Wire
 
 if TYPE_CHECKING:
     from qemu.guest import Guest
@@ -91,6 +92,13 @@ class Faults:
 
     # The NIC
 
+    def _plan(self, nic: str) -> tuple[int, Nic]:
+        nics = self._guest.machine.nics
+        for index, plan in enumerate(nics):
+            if plan.id == nic:
+                return index, plan
+        raise ValueError(f"this guest has no NIC {nic!r}; it has: {', '.join(plan.id for plan in nics) or 'none'}")
+
     def link_down(self, nic: str = "nic0") -> None:
         """The device says that its link is down; frames for it are dropped by QEMU."""
         self._guest.qmp("set_link", name=nic, up=False)
@@ -109,7 +117,7 @@ class Faults:
 
     def replug(self, nic: str = "nic0", timeout: float = REPLUG_SECONDS) -> None:
         """Put the NIC back where it was, and wait until the guest sees a function at its port."""
-        index, plan = next((n, plan) for n, plan in enumerate(self._guest.machine.nics) if plan.id == nic)
+        index, plan = self._plan(nic)
         device = nic_device(plan, index, self._guest.machine)[-1]
         before = len(self._guest.functions("0x02"))
         said = self._guest.qmp("human-monitor-command", command_line=f"device_add {device}")
@@ -120,9 +128,10 @@ class Faults:
 
     def close_wire(self, nic: str = "nic0") -> None:
         """The host's end of the NIC's wire is closed, for good."""
-        for plan in self._guest.machine.nics:
-            if plan.id == nic and plan.wire is not None:
-                self._guest.wires[nic].close()
+        wire = self._plan(nic)[1].wire
+        if not isinstance(wire, Wire):
+            raise HarnessError(f"{nic} has no wire: its other end, in the host's kernel, is QEMU's to close")
+        wire.close()
 
     def iommu_fault(self, iova: int = 0x0234_5000) -> None:
         """A device writes to an address that nobody has mapped. The guest needs `-device edu` for that.

@@ -17,7 +17,7 @@ import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from qemu import accel as accelerators
 from qemu.accel import Accelerator
@@ -36,8 +36,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Guest", "Nic", "boot"]
 
-SPIN_SECONDS = 30.0
-"""Processor time that a booting guest may use without a word on the console: with "quiet", that is all of its boot."""
+SPIN_SECONDS = 12.0
+"""Processor time that a booting guest may use without a word on the console; there is one when its kernel is up, and
+when its root is mounted."""
 TRIAL_SECONDS = 8.0
 """The same for the first guest under KVM, and where KVM was demanded: where that works it takes a tenth of this, and
 where not it is no gain."""
@@ -109,6 +110,7 @@ def boot(
     append: Sequence[str] = (),
     extra_args: Sequence[str] = (),
     timeout: float = 180.0,
+    patience: float = 1.0,
     snapshot: bool = True,
     cache: Cache | None = None,
     say: Callable[[str], None] = lambda _: None,
@@ -122,8 +124,9 @@ def boot(
     without a wire gets one, which belongs to the guest: see Guest.wires. That and a Tap are captured in `artefacts`.
     `accel` is "auto", "kvm" or "tcg"; with "auto" a KVM that does not get this kernel to its user space is given up
     for TCG, and Guest.accel tells why. `say` gets a line when that takes an attempt. `timeout` bounds each attempt, in
-    case nothing else does: a guest that is idle, spins or floods its console is given up long before. `cpus` defaults
-    to two under KVM and one under TCG (see command.py).
+    case nothing else does: a guest that is idle, spins or floods its console is given up long before, and one that
+    spins later by a factor of `patience`, for a kernel that is slow. `cpus` defaults to two under KVM and one under
+    TCG (see command.py).
 
     Raises GuestPanicked, GuestNeverCameUp, AcceleratorUnavailable, ToolMissing.
     """
@@ -157,7 +160,8 @@ def boot(
     )
     try:
         kernels = {"kvm": image.kernel, "tcg": image.bare_kernel or image.kernel}
-        guest = _boot(plan, choice, kernels, made, artefacts, timeout, cache or Cache() if snapshot else None, say)
+        limits = _Limits(timeout, SPIN_SECONDS * patience)
+        guest = _boot(plan, choice, kernels, made, artefacts, limits, cache or Cache() if snapshot else None, say)
         for nic in fitted:
             if nic.wire is not None:
                 nic.wire.attached()
@@ -168,21 +172,28 @@ def boot(
         raise
 
 
+class _Limits(NamedTuple):
+    """Of an attempt to boot: seconds, and seconds of processor time without a word on the console."""
+
+    whole: float
+    spin: float
+
+
 def _boot(
     plan: Machine,
     choice: Accelerator,
     kernels: Mapping[str, Path],
     wires: Mapping[str, Wire],
     artefacts: Path,
-    timeout: float,
+    limits: _Limits,
     cache: Cache | None,
     say: Callable[[str], None],
 ) -> Guest:
     def attempt(accelerator: Accelerator) -> Guest:
         machine = dataclasses.replace(plan, accel=accelerator.name, kernel=kernels[accelerator.name])
         if cache is None:
-            return _cold(machine, accelerator, wires, artefacts, timeout, "a snapshot was not wanted")
-        return _restored_or_cold(machine, accelerator, wires, artefacts, timeout, cache, say)
+            return _cold(machine, accelerator, wires, artefacts, limits, "a snapshot was not wanted")
+        return _restored_or_cold(machine, accelerator, wires, artefacts, limits, cache, say)
 
     try:
         guest = attempt(choice)
@@ -215,24 +226,24 @@ def _restored_or_cold(
     choice: Accelerator,
     wires: Mapping[str, Wire],
     artefacts: Path,
-    timeout: float,
+    limits: _Limits,
     cache: Cache,
     say: Callable[[str], None],
 ) -> Guest:
     kept = Snapshot(machine, cache)
     if (refusal := kept.refusal()) is not None:
-        return _cold(machine, choice, wires, artefacts, timeout, refusal)
+        return _cold(machine, choice, wires, artefacts, limits, refusal)
     state = kept.find()
     reason = "there was no snapshot of it"
     if state is not None:
         try:
             guest = Guest(machine, choice, wires, artefacts, state)
-            return _take_over(guest, timeout, SPIN_SECONDS, f"restored from snapshot {kept.key}", restored=True)
+            return _take_over(guest, limits, f"restored from snapshot {kept.key}", restored=True)
         except (HarnessError, OSError) as failure:
             reason = f"its snapshot {kept.key} could not be restored: {str(failure).splitlines()[0]}"
             say(f"booting a guest, because {reason}")
             kept.discard()
-    return _cold(machine, choice, wires, artefacts, timeout, reason, kept, say)
+    return _cold(machine, choice, wires, artefacts, limits, reason, kept, say)
 
 
 def _cold(
@@ -240,21 +251,21 @@ def _cold(
     choice: Accelerator,
     wires: Mapping[str, Wire],
     artefacts: Path,
-    timeout: float,
+    limits: _Limits,
     reason: str,
     kept: Snapshot | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> Guest:
     guest = Guest(machine, choice, wires, artefacts)
     doubtful = not choice.proven or (choice.name == "kvm" and choice.reason.startswith("demanded"))
-    spin = TRIAL_SECONDS if doubtful else SPIN_SECONDS
-    return _take_over(guest, timeout, spin, f"booted, as {reason}", kept, say)
+    if doubtful:
+        limits = limits._replace(spin=TRIAL_SECONDS)
+    return _take_over(guest, limits, f"booted, as {reason}", kept, say)
 
 
 def _take_over(
     guest: Guest,
-    timeout: float,
-    spin: float,
+    limits: _Limits,
     origin: str,
     kept: Snapshot | None = None,
     say: Callable[[str], None] = lambda _: None,
@@ -264,7 +275,7 @@ def _take_over(
     try:
         if restored:
             guest.resume()
-        guest.wait_up(timeout, spin)
+        guest.wait_up(limits.whole, limits.spin)
         if kept is not None:
             guest.agent.ping()  # answered when it has loaded all that it may need later
             try:

@@ -98,7 +98,8 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     ours.close()
     output = getattr(session.config, "workeroutput", None)
     if output is not None:
-        output["guests"] = [[list(guest) for guest in ours.booted], [list(entry) for entry in ours.infrastructure]]
+        booted, trouble = [list(guest) for guest in ours.booted], [list(entry) for entry in ours.infrastructure]
+        output["guests"] = [booted, trouble, dict(ours.preparing)]
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     if reporter is not None:
         failed = [report.nodeid for kind in ("failed", "error") for report in reporter.stats.get(kind, [])]
@@ -109,9 +110,11 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
     """A parallel run: what the worker has to tell, for the summary."""
-    booted, infrastructure = getattr(node, "workeroutput", {}).get("guests", ([], []))
+    booted, infrastructure, preparing = getattr(node, "workeroutput", {}).get("guests", ([], [], {}))
     session = node.config.stash[SESSION]
     session.booted += [Booted(*facts) for facts in booted]
+    for what, seconds in preparing.items():
+        session.preparing[what] += seconds
     session.infrastructure += [(nodeid, reason) for nodeid, reason in infrastructure]
 
 

@@ -5,12 +5,12 @@ Part of pytest_plugin.py.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from typing import Any
 
 import pytest
 
-from qemu.session import EXIT_INFRASTRUCTURE, SESSION, summary
+from qemu.session import EXIT_INFRASTRUCTURE, SESSION, phases, summary
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
@@ -23,6 +23,14 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
             terminalreporter.write_line(f"{nodeid}: {reason}")
     if session.booted:
         terminalreporter.write_line(f"guests: {summary(session.booted)}; artefacts in {session.artefacts}")
+        spent: defaultdict[str, float] = defaultdict(float)
+        for reports in terminalreporter.stats.values():
+            for report in reports:
+                if isinstance(report, pytest.TestReport):
+                    spent[str(report.when)] += report.duration
+        workers = config.getoption("numprocesses", None)
+        among = f", added up over {workers} workers" if workers else ""
+        terminalreporter.write_line(f"time: {phases(spent, session.preparing, session.booted)}{among}")
     reasons: Counter[str] = Counter()
     for report in terminalreporter.stats.get("skipped", []):
         longrepr = report.longrepr

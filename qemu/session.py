@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import shlex
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -56,6 +58,15 @@ def summary(booted: Sequence[Booted]) -> str:
     return f"{', '.join(parts)}, under {'; '.join(accels)}"
 
 
+def phases(spent: Mapping[str, float], preparing: Mapping[str, float], booted: Sequence[Booted]) -> str:
+    """One line on where a run's time went: `spent` by what pytest calls setup, call and teardown, in seconds."""
+    parts = {**preparing, "guests": sum(guest.seconds for guest in booted)}
+    within = ", ".join(f"{what} {seconds:.1f} s" for what, seconds in parts.items() if seconds >= 0.05)
+    setup, call, teardown = (spent.get(name, 0.0) for name in ("setup", "call", "teardown"))
+    of = f" (of it and of the tests {within})" if within else ""
+    return f"setting up {setup:.1f} s{of}, tests {call:.1f} s, tearing down {teardown:.1f} s"
+
+
 @dataclass
 class Needs:
     """What the shared guest is to have beyond what every guest has."""
@@ -81,6 +92,8 @@ class Session:
         self.artefacts = base.absolute() / worker
         self.booted: list[Booted] = []
         """Each guest that came up, for the summary."""
+        self.preparing: defaultdict[str, float] = defaultdict(float)
+        """Seconds that image and code disk took to be there, by what it was; for the summary."""
         self.infrastructure: list[tuple[str, str]] = []
         """What failed for reasons of the harness, not of what is tested: nodeid and reason."""
         self.only_infrastructure = False
@@ -100,6 +113,12 @@ class Session:
         if reporter is not None:
             reporter.ensure_newline()
             reporter.write_line(line)
+
+    @contextlib.contextmanager
+    def _timed(self, what: str) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        self.preparing[what] += time.monotonic() - began
 
     def _once(self, make: Callable[[], Any]) -> Any:
         """What cannot be made is not tried again for every test that wants it."""
@@ -127,7 +146,8 @@ class Session:
     def image(self, recipe: Path | None = None) -> Image:
         path = recipe or self.recipe()
         if path not in self._images:
-            self._images[path] = self._once(lambda: ensure_image(Recipe.load(path), progress=self.say))
+            with self._timed("image"):
+                self._images[path] = self._once(lambda: ensure_image(Recipe.load(path), progress=self.say))
         return self._images[path]
 
     def code(self, recipe: Path | None = None) -> Path:
@@ -137,7 +157,8 @@ class Session:
             image = self.image(path)
             self.artefacts.mkdir(parents=True, exist_ok=True)
             out = self.artefacts / f"code-{path.stem}.img"
-            self._codes[path] = self._once(lambda: build_code_disk(image, specification, out))
+            with self._timed("code disk"):
+                self._codes[path] = self._once(lambda: build_code_disk(image, specification, out))
         return self._codes[path]
 
     def boot(self, name: str, recipe: Path | None = None, **options: Any) -> Guest:
@@ -151,6 +172,7 @@ class Session:
         options.setdefault("accel", self.accel)
         options.setdefault("code", self.code(recipe))
         options.setdefault("timeout", BOOT_SECONDS * self.patience)
+        options.setdefault("patience", self.patience)
         guest = boot(self.image(recipe), artefacts=self.artefacts / name, say=self.say, **options)
         self.booted.append(Booted(str(guest.accel), guest.origin, guest.boot_seconds))
         return guest

@@ -29,6 +29,8 @@ from qemu.guest_process import GuestProcess
 from qemu.images import DEFAULT_RECIPE, Recipe, ensure_image
 
 LEAVE = b"\x1d"
+PATIENCE = 10.0
+"""Whoever waits for a shell can end it, so a slow kernel has all the time it takes."""
 SHELL = ("sh", "-c", "cd /code 2>/dev/null; exec $(command -v bash || echo sh) -i")
 
 
@@ -154,6 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     accel=options.accel or "auto",
                     machine=options.machine,
                     artefacts=artefacts,
+                    patience=PATIENCE,
                     say=say,
                 )
             )

@@ -30,14 +30,15 @@ from netbridge.client import Offload, VirtioNetHeader
 from qemu.command import Nic
 from qemu.guest import Guest
 from qemu.guest_process import GuestProcess
+from qemu.packets import ETH_P_ALL, PACKET_OUTGOING, SOL_PACKET
 from qemu.session import Session
-from qemu.tap import ETH_P_ALL, Tap
+from qemu.tap import Tap
 from tests.e2e import testbed
 
 pytestmark = pytest.mark.needs_root
 
 SECONDS = 60.0
-SOL_PACKET, PACKET_VNET_HDR, PACKET_OUTGOING = 263, 15, 4  # linux/if_packet.h
+PACKET_VNET_HDR = 15  # linux/if_packet.h
 NET_HEADER = struct.Struct("<BBHHHH")  # linux/virtio_net.h, without num_buffers
 NEEDS_CSUM = 1
 GSO_TCPV4, GSO_TCPV6, GSO_ECN = 1, 4, 0x80

@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 
-from qemu import capabilities, flakes, timing
+from qemu import capabilities, flakes, timing, vm
+from qemu import guest as booting
 from qemu.dimensions import Dimensions, UnknownDimension
-from qemu.session import Booted, summary
+from qemu.session import Booted, phases, summary
 from qemu.truth import DRIVERS, FAULTS, FILES, KERNEL, Truth
+from tests.e2e.patience import TOLD_SECONDS
 
 # Dimensions
 
@@ -236,3 +238,17 @@ def test_a_test_that_fails_now_and_then_is_found(tmp_path: Path) -> None:
         rounds.append(list(flakes.outcomes(path)))
     assert flakes.flaky(rounds) == {"a::bad": Counter(failed=1, passed=1, error=1)}
     assert flakes.flaky(rounds[1:2]) == {}
+
+
+def test_where_the_time_went_is_told() -> None:
+    guests = [Booted("tcg (demanded)", "booted, as it was", 3.0), Booted("tcg (demanded)", "restored", 0.5)]
+    said = phases({"setup": 6.04, "call": 20.0, "teardown": 1.0}, {"image": 0.01, "code disk": 1.24}, guests)
+    assert said == (
+        "setting up 6.0 s (of it and of the tests code disk 1.2 s, guests 3.5 s), tests 20.0 s, tearing down 1.0 s"
+    )
+
+
+def test_trouble_is_told_within_the_time_there_is_for_it() -> None:
+    """Each limit by which a guest is given up: one that is silent and idle, one that spins, KVM on trial, a panic."""
+    limits = (vm.IDLE_SECONDS + vm.LOOK_SECONDS, booting.SPIN_SECONDS, booting.TRIAL_SECONDS, 2 * vm.PANIC_SECONDS)
+    assert max(limits) < TOLD_SECONDS

@@ -42,7 +42,7 @@ def pytest_runtest_makereport(
     if call.excinfo is not None and isinstance(call.excinfo.value, HarnessError):
         text = f"{type(call.excinfo.value).__name__}: {call.excinfo.value}"
         item.config.stash[SESSION].infrastructure.append((item.nodeid, text.splitlines()[0]))
-    if report.when == "call" and report.failed:
+    if report.when in ("setup", "call") and report.failed:
         funcargs = getattr(item, "funcargs", {})
         shell_on_fail(item.config, item.nodeid, funcargs.get("guest") or funcargs.get("shared_guest"))
     return report

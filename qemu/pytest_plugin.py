@@ -69,6 +69,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("shell_on_fail") and config.getoption("numprocesses", None):
+        raise pytest.UsageError("--shell-on-fail: parallel runs (-n) have no terminal to give")
     for line in (
         "guest: runs inside the guest (set on all tests below guest_tests)",
         "guest_timeout(seconds): how long a test may take in the guest (60)",

@@ -29,7 +29,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
                 if isinstance(report, pytest.TestReport):
                     spent[str(report.when)] += report.duration
         workers = config.getoption("numprocesses", None)
-        among = f", added up over {workers} workers" if workers else ""
+        among = f"; added up over {workers} workers" if workers else ""
         terminalreporter.write_line(f"time: {phases(spent, session.preparing, session.booted)}{among}")
     reasons: Counter[str] = Counter()
     for report in terminalreporter.stats.get("skipped", []):

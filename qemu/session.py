@@ -60,11 +60,11 @@ def summary(booted: Sequence[Booted]) -> str:
 
 def phases(spent: Mapping[str, float], preparing: Mapping[str, float], booted: Sequence[Booted]) -> str:
     """One line on where a run's time went: `spent` by what pytest calls setup, call and teardown, in seconds."""
-    parts = {**preparing, "guests": sum(guest.seconds for guest in booted)}
+    parts = {**preparing, "guests coming up": sum(guest.seconds for guest in booted)}
     within = ", ".join(f"{what} {seconds:.1f} s" for what, seconds in parts.items() if seconds >= 0.05)
     setup, call, teardown = (spent.get(name, 0.0) for name in ("setup", "call", "teardown"))
-    of = f" (of it and of the tests {within})" if within else ""
-    return f"setting up {setup:.1f} s{of}, tests {call:.1f} s, tearing down {teardown:.1f} s"
+    whole = f"setting up {setup:.1f} s, tests {call:.1f} s, tearing down {teardown:.1f} s"
+    return f"{whole}; within these {within}" if within else whole
 
 
 @dataclass

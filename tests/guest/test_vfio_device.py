@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 
 import vfio
+from tests.descriptors import open_fds
 from tests.guest.vfio_support import (
     EDU,
     MODES,
@@ -31,7 +32,6 @@ from tests.guest.vfio_support import (
     Nvme,
     find,
     needs_devices,
-    open_fds,
     usable,
     why_not,
 )

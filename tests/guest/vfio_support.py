@@ -102,18 +102,6 @@ def find(ids: tuple[int, int], *, alone: bool = True) -> vfio.PciFunction | None
     return None
 
 
-def open_fds() -> set[str]:
-    """The file descriptors of this process, apart from the one that lists them."""
-    found = set()
-    for fd in Path("/proc/self/fd").iterdir():
-        try:
-            fd.readlink()
-            found.add(fd.name)
-        except OSError:
-            continue
-    return found
-
-
 class Edu:
     """QEMU's educational device. DMA goes to and from a buffer of 4096 bytes in it, with addresses of 28 bits.
 

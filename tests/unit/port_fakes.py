@@ -333,10 +333,6 @@ class ServedPort:
         self.close()
 
 
-def open_fds() -> int:
-    return len(list(Path("/proc/self/fd").iterdir()))
-
-
 def close_all(fds: Sequence[int]) -> None:
     for fd in fds:
         os.close(fd)

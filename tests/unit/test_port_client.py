@@ -22,6 +22,7 @@ from netbridge.ipc.errors import BadGeometry
 from netbridge.ipc.messages import Bye, Link, Welcome, parse
 from netbridge.ipc.regions import SEALS
 from netbridge.ipc.server import ClientGone, ClientReady, ClientRefused
+from tests.descriptors import count_open_fds
 from tests.unit.port_fakes import (
     FACTS,
     MAC,
@@ -31,7 +32,6 @@ from tests.unit.port_fakes import (
     RawClient,
     SealedMemory,
     ServedPort,
-    open_fds,
 )
 
 
@@ -53,7 +53,7 @@ def serving(path: Path, offered: OfferedSession | None = None, **options: object
 
 
 def test_connecting_tells_what_there_is_to_know(path: Path) -> None:
-    before = open_fds()
+    before = count_open_fds()
     with OfferedSession(41, rx_limit=5) as offered, serving(path, offered) as port:
         with connect(path, name="my-stack") as client:
             assert (client.session, client.mac, client.mtu, client.link_up) == (41, MAC, 1500, True)
@@ -64,7 +64,7 @@ def test_connecting_tells_what_there_is_to_know(path: Path) -> None:
         gone = port.await_event()
         assert isinstance(gone, ClientGone)
         assert (gone.session, gone.reason) == (41, Reason.SHUTDOWN)
-    assert open_fds() == before
+    assert count_open_fds() == before
 
 
 def test_changed_facts_arrive(path: Path) -> None:
@@ -110,7 +110,7 @@ def test_the_drivers_death_ends_a_wait(path: Path) -> None:
 
 
 def test_nobody_there(path: Path) -> None:
-    before = open_fds()
+    before = count_open_fds()
     with pytest.raises(PortUnavailable, match=r"no driver listens at .*aethernet\.sock; start one"):
         connect(path)
     path.write_text("")
@@ -120,7 +120,7 @@ def test_nobody_there(path: Path) -> None:
         connect(path.parent / ("x" * 120))
     with pytest.raises(ValueError, match="client name"):
         connect(path, name="not a name")
-    assert open_fds() == before
+    assert count_open_fds() == before
 
 
 def test_waiting_for_a_driver_that_starts_later(path: Path) -> None:
@@ -149,14 +149,14 @@ def test_waiting_has_an_end(path: Path) -> None:
 
 
 def test_busy_is_an_answer(path: Path) -> None:
-    before = open_fds()
+    before = count_open_fds()
     with OfferedSession() as offered, serving(path, offered) as port, connect(path):
         port.await_event()
         with pytest.raises(PortClosed, match="another client has the port") as caught:
             connect(path)
         assert caught.value.reason is Reason.BUSY
         assert isinstance(port.await_event(), ClientRefused)
-    assert open_fds() == before
+    assert count_open_fds() == before
 
 
 def test_a_client_that_waits_follows_one_that_leaves(path: Path) -> None:
@@ -179,10 +179,10 @@ def test_a_client_that_waits_follows_one_that_leaves(path: Path) -> None:
 
 
 def test_a_driver_whose_device_is_not_ready_is_not_waited_for_too_long(path: Path) -> None:
-    before = open_fds()
+    before = count_open_fds()
     with serving(path), pytest.raises(PortUnavailable, match="did not answer in time"):
         connect(path, timeout=0.1)
-    assert open_fds() == before
+    assert count_open_fds() == before
 
 
 def test_sessions_in_a_row_leak_nothing(path: Path) -> None:
@@ -197,20 +197,20 @@ def test_sessions_in_a_row_leak_nothing(path: Path) -> None:
                     client.send_bytes(bytes(60), timeout=0) if client.allocate(1, timeout=0) else None
                 while not isinstance(port.await_event(), ClientGone):
                     pass
-            now = (open_fds(), Path("/proc/self/maps").read_text(encoding="utf-8").count("memfd:"))
+            now = (count_open_fds(), Path("/proc/self/maps").read_text(encoding="utf-8").count("memfd:"))
             before = before or now
             assert now == before
 
 
 def test_a_client_that_is_forgotten_says_so(path: Path) -> None:
-    before = open_fds()
+    before = count_open_fds()
     with OfferedSession() as offered, serving(path, offered) as port:
         client = connect(path)
         port.await_event()
         with pytest.warns(ResourceWarning, match="session 7 was never closed"):
             del client
         assert isinstance(port.await_event(), ClientGone)
-    assert open_fds() == before
+    assert count_open_fds() == before
 
 
 def test_a_client_needs_nothing_of_the_driver() -> None:
@@ -266,12 +266,12 @@ def welcome_of(offered: OfferedSession) -> Welcome:
 
 def refused(path: Path, data: bytes, fds: tuple[int, ...]) -> tuple[PortError, Bye]:
     """The error of a client that is answered so, and its BYE; nothing may leak."""
-    before = open_fds()
+    before = count_open_fds()
     with LyingDriver(path, lambda connection: socket.send_fds(connection, [data], fds)) as driver:
         with pytest.raises(PortError) as caught:
             connect(path)
         bye = driver.bye()
-    assert open_fds() == before
+    assert count_open_fds() == before
     return caught.value, bye
 
 
@@ -360,7 +360,7 @@ def test_what_is_no_welcome_is_refused(path: Path, data: bytes, says: str) -> No
 
 
 def test_fds_with_a_bye_are_closed(path: Path) -> None:
-    before = open_fds()
+    before = count_open_fds()
     reader, writer = os.pipe()
 
     def answer(connection: socket.socket) -> None:
@@ -372,7 +372,7 @@ def test_fds_with_a_bye_are_closed(path: Path) -> None:
             connect(path)
     assert os.read(reader, 1) == b""
     os.close(reader)
-    assert open_fds() == before
+    assert count_open_fds() == before
 
 
 def test_rubbish_and_fds_in_a_running_session_end_it(path: Path) -> None:
@@ -381,12 +381,12 @@ def test_rubbish_and_fds_in_a_running_session_end_it(path: Path) -> None:
         socket.send_fds(connection, [Link(FACTS).pack()], [0, 1])
 
     with OfferedSession() as offered:
-        before = open_fds()
+        before = count_open_fds()
         with LyingDriver(path, answer) as driver:
             with connect_or_later(path, "file descriptors where none belong"):
                 pass
             assert driver.bye().reason is Reason.MALFORMED
-        assert open_fds() == before
+        assert count_open_fds() == before
 
 
 @contextmanager

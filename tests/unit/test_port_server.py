@@ -26,6 +26,7 @@ from netbridge.ipc.listener import PortListener
 from netbridge.ipc.messages import Bye, Facts, Hello, Link, Ready, Welcome, parse
 from netbridge.ipc.server import ClientGone, ClientReady, ClientRefused, Event, PortServer
 from netbridge.ipc.session import PortSession
+from tests.descriptors import count_open_fds
 from tests.unit.port_fakes import (
     DEADLINE_SECONDS,
     FACTS,
@@ -35,7 +36,6 @@ from tests.unit.port_fakes import (
     RawClient,
     SealedMemory,
     close_all,
-    open_fds,
 )
 
 HELLO = Hello("tester").pack()
@@ -273,7 +273,7 @@ def test_dismissal_tells_the_client_why(server: PortServer, offered: OfferedSess
 
 
 def test_closing_says_so_and_leaves_nothing(path: Path) -> None:
-    before = open_fds()
+    before = count_open_fds()
     with OfferedSession() as offered:
         server = PortServer(path, {os.geteuid()}, FACTS)
         server.offer(offered.session)
@@ -283,7 +283,7 @@ def test_closing_says_so_and_leaves_nothing(path: Path) -> None:
             assert told(client).reason is Reason.SHUTDOWN
         server.close()
     assert list(path.parent.iterdir()) == []
-    assert open_fds() == before
+    assert count_open_fds() == before
 
 
 # ---- Live facts
@@ -376,7 +376,7 @@ def test_a_successor_that_is_already_there_does_not_find_the_port_busy(
 def test_a_crowd_at_the_door_changes_nothing(server: PortServer, offered: OfferedSession, path: Path) -> None:
     with RawClient(path) as first, ExitStack() as crowd:
         close_all(shake_hands(server, first))
-        before = open_fds()
+        before = count_open_fds()
         refused = 0
         for _ in range(1000):
             client = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
@@ -387,7 +387,7 @@ def test_a_crowd_at_the_door_changes_nothing(server: PortServer, offered: Offere
             refused += len(server.handle())
         assert refused == 1000
         crowd.close()
-        assert open_fds() == before
+        assert count_open_fds() == before
         assert server.running
 
 
@@ -484,14 +484,14 @@ def rubbish() -> list[tuple[str, bytes, Reason]]:
 
 @pytest.mark.parametrize(("packet", "reason"), [pytest.param(p, r, id=name) for name, p, r in rubbish()])
 def test_rubbish_first_is_answered_with_a_reason(server: PortServer, path: Path, packet: bytes, reason: Reason) -> None:
-    before = open_fds()
+    before = count_open_fds()
     with RawClient(path) as client:
         client.send(packet)
         gone = handle_until(server, ClientGone)
         assert isinstance(gone, ClientGone)
         assert (gone.session, gone.reason) == (None, reason)
         assert told(client).reason is reason
-    assert open_fds() == before
+    assert count_open_fds() == before
     assert quiet(server)
 
 
@@ -532,12 +532,12 @@ def test_stray_fds_never_arrive(server: PortServer, offered: OfferedSession, pat
         reader, writer = os.pipe()
         client.send(HELLO, [writer] * count)
         os.close(writer)
-        before = open_fds()
+        before = count_open_fds()
         gone = handle_until(server, ClientGone)
         assert isinstance(gone, ClientGone)
         assert gone.reason is Reason.MALFORMED
         assert told(client).text == "a client sends no file descriptors"
-        assert open_fds() == before
+        assert count_open_fds() == before
         # Nobody holds the pipe's other end any more.
         assert os.read(reader, 1) == b""
         os.close(reader)
@@ -570,7 +570,7 @@ def test_fds_in_a_packet_that_is_never_read_are_let_go(server: PortServer, path:
 def test_whatever_is_sent_the_server_goes_on(
     server: PortServer, path: Path, packets: list[bytes], with_offer: bool
 ) -> None:
-    before = open_fds()
+    before = count_open_fds()
     with ExitStack() as stack:
         server.withdraw()
         if with_offer:
@@ -585,7 +585,7 @@ def test_whatever_is_sent_the_server_goes_on(
             server.handle()
         server.dismiss(Reason.SHUTDOWN)
         server.withdraw()
-    assert open_fds() == before
+    assert count_open_fds() == before
     assert server.client is None
     # Still in order: the next one is served.
     with OfferedSession(11) as offered, RawClient(path) as client:
@@ -606,7 +606,7 @@ def test_sessions_in_a_row_leak_nothing(server: PortServer, path: Path) -> None:
                 handle_until(server, ClientGone)
             else:
                 server.dismiss(Reason.DEVICE_RESET)
-        now = (open_fds(), Path("/proc/self/maps").read_text(encoding="utf-8").count("netbridge-rings"))
+        now = (count_open_fds(), Path("/proc/self/maps").read_text(encoding="utf-8").count("netbridge-rings"))
         before = before or now
         assert now == before
 
@@ -706,12 +706,12 @@ def test_another_ones_socket_is_not_removed_at_the_end(path: Path) -> None:
 
 def test_a_path_that_cannot_be_used_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    before = open_fds()
+    before = count_open_fds()
     with pytest.raises(PortUnavailable, match=r"cannot listen at .*file/x\.sock: "):
         PortServer(tmp_path / "file" / "x.sock", {0}, FACTS)
     with pytest.raises(PortUnavailable, match="longer than 107 bytes"):
         PortServer(tmp_path / ("x" * 108), {0}, FACTS)
-    assert open_fds() == before
+    assert count_open_fds() == before
 
 
 def test_a_listener_opened_by_somebody_else_stays_theirs(path: Path) -> None:
@@ -728,7 +728,7 @@ def test_a_listener_opened_by_somebody_else_stays_theirs(path: Path) -> None:
 
 
 def test_a_session_is_not_made_of_what_does_not_hold() -> None:
-    before = open_fds()
+    before = count_open_fds()
     good = SealedMemory(4 * STRIDE)
     half_sealed = SealedMemory(4 * STRIDE, seals=fcntl.F_SEAL_SEAL)
     with pytest.raises(BadGeometry, match="rx region: not sealed"):
@@ -741,7 +741,7 @@ def test_a_session_is_not_made_of_what_does_not_hold() -> None:
         PortSession(0, good, good, rx_count=4, tx_count=4, stride=STRIDE)
     good.close()
     half_sealed.close()
-    assert open_fds() == before
+    assert count_open_fds() == before
 
 
 def test_facts_that_no_device_has_are_the_callers_mistake(server: PortServer) -> None:

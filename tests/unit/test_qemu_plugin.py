@@ -114,11 +114,20 @@ def test_the_exit_code_tells_trouble_with_the_harness_from_a_failure(
     assert said == (code == 8)
 
 
-def test_kvm_cannot_be_required_and_left_out(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--require-kvm", "--accel=tcg"], "--require-kvm and --accel tcg: it can be one of the two"),
+        (["--shell-on-fail", "-n2"], "--shell-on-fail: parallel runs (-n) have no terminal to give"),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, options: list[str], said: str
+) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    outcome = pytester.runpytest_subprocess("-p", "qemu.pytest_plugin", "--require-kvm", "--accel=tcg")
+    outcome = pytester.runpytest_subprocess("-p", "qemu.pytest_plugin", *options)
     assert outcome.ret == 4
-    assert "--require-kvm and --accel tcg: it can be one of the two" in outcome.stderr.str() + outcome.stdout.str()
+    assert said in outcome.stderr.str() + outcome.stdout.str()
 
 
 def test_options_of_the_host_do_not_reach_the_guest() -> None:

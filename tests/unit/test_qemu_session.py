@@ -244,7 +244,7 @@ def test_where_the_time_went_is_told() -> None:
     guests = [Booted("tcg (demanded)", "booted, as it was", 3.0), Booted("tcg (demanded)", "restored", 0.5)]
     said = phases({"setup": 6.04, "call": 20.0, "teardown": 1.0}, {"image": 0.01, "code disk": 1.24}, guests)
     assert said == (
-        "setting up 6.0 s (of it and of the tests code disk 1.2 s, guests 3.5 s), tests 20.0 s, tearing down 1.0 s"
+        "setting up 6.0 s, tests 20.0 s, tearing down 1.0 s; within these code disk 1.2 s, guests coming up 3.5 s"
     )
 
 

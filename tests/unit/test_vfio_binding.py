@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 import vfio
-from tests.unit.vfio_fakes import FakeSysfs, open_fds
+from tests.descriptors import open_fds
+from tests.unit.vfio_fakes import FakeSysfs
 from vfio import _diagnose, _sys
 
 ADDRESS = "0000:00:03.0"

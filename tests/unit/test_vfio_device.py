@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 import vfio
-from tests.unit.vfio_fakes import FakeKernel, FakeSysfs, open_fds
+from tests.descriptors import open_fds
+from tests.unit.vfio_fakes import FakeKernel, FakeSysfs
 from vfio import _abi, _diagnose, _sys
 
 ADDRESS = "0000:00:03.0"

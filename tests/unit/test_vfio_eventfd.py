@@ -12,7 +12,7 @@ import time
 import pytest
 
 import vfio
-from tests.unit.vfio_fakes import open_fds
+from tests.descriptors import open_fds
 
 
 def test_it_counts_and_is_drained() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import vfio
-from tests.unit.vfio_fakes import open_fds
+from tests.descriptors import open_fds
 
 SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import vfio
-from tests.unit.vfio_fakes import open_fds
+from tests.descriptors import open_fds
 from vfio.region import mappable_areas
 
 PAGE = 4096

@@ -7,7 +7,6 @@ import select
 import socket
 import struct
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -32,6 +31,7 @@ from netbridge.virtio.vhost_user import messages
 from netbridge.virtio.vhost_user.connection import Refused
 from netbridge.virtio.vhost_user.memory import VhostDma, VhostMemory
 from netbridge.virtio.vhost_user.transport import VhostUser
+from tests.descriptors import count_open_fds
 from tests.unit import vhost_fakes as spec
 from tests.unit.vhost_fakes import FakeBackEnd
 
@@ -71,13 +71,9 @@ class Bench:
 Make = Callable[..., Bench]
 
 
-def open_files() -> int:
-    return len(list(Path("/proc/self/fd").iterdir()))
-
-
 @pytest.fixture
 def make() -> Iterator[Make]:
-    before = open_files()
+    before = count_open_fds()
     benches: list[Bench] = []
 
     def make_one(back_end: FakeBackEnd | None = None, **options: Any) -> Bench:
@@ -87,7 +83,7 @@ def make() -> Iterator[Make]:
     yield make_one
     for bench in benches:
         bench.close()
-    assert open_files() == before
+    assert count_open_fds() == before
 
 
 # ---- Into service and out of it

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Callable, Iterator
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,6 +28,7 @@ from netbridge.virtio.net import InterruptMode, NetDevice
 from netbridge.virtio.pci import VirtioPci
 from netbridge.virtio.states import State
 from netbridge.virtio.transport import CONFIG_ATTEMPTS, NO_VECTOR, Status
+from tests.descriptors import count_open_fds
 from tests.unit.virtio_fakes import (
     ALL_SUPPORTED,
     IOVA,
@@ -69,14 +69,10 @@ class Bench:
 Make = Callable[..., Bench]
 
 
-def open_files() -> int:
-    return len(list(Path("/proc/self/fd").iterdir()))
-
-
 @pytest.fixture
 def make() -> Iterator[Make]:
     """Makes benches; afterwards every device is closed, and nothing of it may be left."""
-    before = open_files()
+    before = count_open_fds()
     benches: list[Bench] = []
 
     def make_one(model: NetModel | None = None, **options: object) -> Bench:
@@ -95,7 +91,7 @@ def make() -> Iterator[Make]:
         assert not bench.transport.dma, "the device was left with access to memory"
         assert not bench.transport.eventfds
         assert bench.transport.intx is None
-    assert open_files() <= before, "file descriptors were left"
+    assert count_open_fds() <= before, "file descriptors were left"
 
 
 # ---- The sequence

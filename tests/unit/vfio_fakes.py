@@ -20,18 +20,6 @@ BAR_OFFSET = 0x200000  # of BAR 0; the others follow at the same distance
 BAR_STEP = 0x100000
 
 
-def open_fds() -> set[str]:
-    """The file descriptors of this process, apart from the one that lists them."""
-    found = set()
-    for fd in Path("/proc/self/fd").iterdir():
-        try:
-            fd.readlink()
-            found.add(fd.name)
-        except OSError:
-            continue
-    return found
-
-
 class FakeSysfs:
     """PCI functions in a directory; `write` plays the driver core."""
 

@@ -6,25 +6,21 @@ so through mmdebstrap's own file hooks, so nothing here needs to be readable for
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import os
 import shlex
 import shutil
 import signal
-import subprocess
 import tarfile
 import tempfile
 import time
-from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
 from qemu import apt
 from qemu.cache import Progress
-from qemu.errors import ImageBuildFailed
 from qemu.recipe import RootPart, Source
-from qemu.tools import find_tool, last_lines
+from qemu.tools import find_tool, watch_tool
 
 MOUNT_POINTS = ("code", "usr/lib/guest", "usr/lib/modules")
 """Directories of the root, made for images/initrd.sh and images/init to mount on."""
@@ -195,50 +191,21 @@ def _mmdebstrap(source: Source, options: Sequence[str], progress: Progress) -> N
 
 
 def _run(argv: Sequence[str], progress: Progress) -> None:
-    tail: deque[str] = deque(maxlen=100)
     # It repeats the hooks' texts when it runs them and when one fails, at the cost of what the hook had to say.
     hooks = {line for argument in argv for line in argument.splitlines()}
     started = time.monotonic()
-    with subprocess.Popen(
-        # In a session of its own, so that Ctrl-C reaches it once and from here; it ends when this process does.
-        [find_tool("setpriv"), "--pdeathsig", "INT", *argv],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        env={**os.environ, "LC_ALL": "C"},
-        start_new_session=True,
-    ) as process:
-        assert process.stdout is not None
-        try:
-            for line in process.stdout:
-                if line.rstrip("\n") not in hooks:
-                    tail.append(line.rstrip())
-                if (step := line.strip().removeprefix("I: ").removesuffix("...")) in STEPS:
-                    progress(f"{STEPS[step]} ({time.monotonic() - started:.1f} s)")
-            code = process.wait()
-        except BaseException:
-            _interrupt(process)
-            raise
-    if code != 0:
-        raise ImageBuildFailed(
-            f"mmdebstrap ended with {code} after {time.monotonic() - started:.1f} s; the end of what it said:\n"
-            + last_lines("\n".join(tail))
-        )
 
+    def on_line(line: str) -> bool:
+        if (step := line.strip().removeprefix("I: ").removesuffix("...")) in STEPS:
+            progress(f"{STEPS[step]} ({time.monotonic() - started:.1f} s)")
+        return line not in hooks
 
-def _interrupt(process: subprocess.Popen[str]) -> None:
-    # Interrupted, it unmounts and removes its directory; killed, it could not. What it prints meanwhile has to be read.
-    _signal(process, signal.SIGINT)
-    deadline = time.monotonic() + INTERRUPT_SECONDS
-    while process.poll() is None and time.monotonic() < deadline:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.communicate(timeout=0.1)
-    _signal(process, signal.SIGKILL)  # and what it may have left running
-    process.communicate()
-
-
-def _signal(process: subprocess.Popen[str], number: signal.Signals) -> None:
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, number)
+    # Interrupted, it unmounts and removes its directory; killed, it could not.
+    watch_tool(
+        argv,
+        doing="mmdebstrap",
+        on_line=on_line,
+        asking=signal.SIGINT,
+        patience=INTERRUPT_SECONDS,
+        environment={**os.environ, "LC_ALL": "C"},
+    )

@@ -7,7 +7,6 @@ directory that it is given; Ctrl-C ends the compiler and everything under it.
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import os
 import shutil
@@ -22,7 +21,7 @@ from qemu.cache import Progress
 from qemu.errors import ImageBuildFailed, ToolMissing
 from qemu.kconfig import render, unfulfilled
 from qemu.kernel import decompress
-from qemu.tools import find_tool, last_lines, run_tool
+from qemu.tools import find_tool, last_lines, run_tool, watch_tool
 
 HOST_PACKAGES = Path(__file__).with_name("host-packages")
 TELL_SECONDS = 5.0
@@ -122,10 +121,13 @@ class _Teller:
         self._began = self._told = time.monotonic()
         self._files = 0
 
-    def __call__(self, line: str) -> None:
+    def __call__(self, line: str) -> bool:
         step, _, file = line.strip().partition(" ")
-        if step not in ("AR", "AS", "CC", "HOSTCC", "LD"):
-            return
+        if step in ("AR", "AS", "CC", "HOSTCC", "LD"):
+            self._count(file)
+        return True
+
+    def _count(self, file: str) -> None:
         self._files += 1
         now = time.monotonic()
         if now - self._told >= TELL_SECONDS:
@@ -133,48 +135,21 @@ class _Teller:
             self._progress(f"compiling: {self._files} files in {now - self._began:.0f} s, {file.split()[-1]}")
 
 
-def _ignore(_line: str) -> None:
-    pass
+def _ignore(_line: str) -> bool:
+    return True
 
 
-def _make(tree: Path, arguments: Sequence[str], doing: str, on_line: Callable[[str], None] = _ignore) -> None:
+def _make(tree: Path, arguments: Sequence[str], doing: str, on_line: Callable[[str], bool] = _ignore) -> None:
     _run([find_tool("nice"), "-n", "19", find_tool("make"), *arguments], tree, doing, on_line)
 
 
-def _run(argv: Sequence[str], directory: Path, doing: str, on_line: Callable[[str], None] = _ignore) -> None:
-    tail: deque[str] = deque(maxlen=200)
-    began = time.monotonic()
-    with subprocess.Popen(
-        # In a session of its own, so that Ctrl-C reaches it once and from here; it ends when this process does.
-        [find_tool("setpriv"), "--pdeathsig", "TERM", *argv],
-        cwd=directory,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        env={**ENVIRONMENT, "PATH": os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin"},
-        start_new_session=True,
-    ) as process:
-        assert process.stdout is not None
-        try:
-            for line in process.stdout:
-                tail.append(line.rstrip())
-                on_line(line)
-            code = process.wait()
-        except BaseException:
-            _end(process)
-            raise
-    if code != 0:
-        raise ImageBuildFailed(
-            f"{doing}: it ended with {code} after {time.monotonic() - began:.0f} s; the end of what was said:\n"
-            + last_lines("\n".join(tail))
-        )
-
-
-def _end(process: subprocess.Popen[str]) -> None:
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, number)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.communicate(timeout=STOP_SECONDS)
+def _run(argv: Sequence[str], directory: Path, doing: str, on_line: Callable[[str], bool] = _ignore) -> None:
+    watch_tool(
+        argv,
+        doing=f"{doing}: it",
+        on_line=on_line,
+        asking=signal.SIGTERM,
+        patience=STOP_SECONDS,
+        environment={**ENVIRONMENT, "PATH": os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin"},
+        directory=directory,
+    )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 
 import pytest
 
@@ -19,13 +18,6 @@ pytestmark = pytest.mark.thorough
 
 STRANGER = "nobody"
 PATIENCE_SECONDS = 240.0
-
-
-@pytest.fixture
-def bed(guest: Guest) -> Iterator[Testbed]:
-    with testbed.running(guest) as bed:
-        yield bed
-        bed.stop()
 
 
 def hostile(guest: Guest, what: str, count: int, user: str = testbed.SERVICE_USER) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 
 import pytest
 
@@ -21,13 +20,6 @@ MEMORY_MIB = 16
 SOCKET_AF_INET, SOCK_STREAM = 2, 1
 PROT_RWX, MAP_ANONYMOUS_PRIVATE = 7, 0x22
 SIOCGIFCONF = 0x8912
-
-
-@pytest.fixture
-def bed(guest: Guest) -> Iterator[Testbed]:
-    with testbed.running(guest) as bed:
-        yield bed
-        bed.stop()
 
 
 # What whoever has the file can do with it: as root, and it is still no.

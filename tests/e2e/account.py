@@ -5,7 +5,7 @@ queues, and the wire with its capture. Kept for every driver that testbed.py sta
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from netbridge import metrics
@@ -156,3 +156,26 @@ def _compare(
     if held := sum(queue.in_flight for queue in now):
         found.append(f"{what}: the device holds {held} chains")
     return found
+
+
+def check_spotless(driver: Mapping[str, Any]) -> None:
+    """Of a driver's counters: no frame was dropped, no entry of a client refused, nothing wrong with the device."""
+    spots = {name: driver[name] for name in ("drops", "refused_handles", "device_faults", "recoveries")}
+    assert not any(count for counts in spots.values() for count in counts.values()), spots
+
+
+def check_echoed(
+    count: int, wire: Wire, before: tuple[int, int], driver: Mapping[str, Any], echo: Mapping[str, Any]
+) -> None:
+    """So many frames went there and back, and nothing else: by the counters at the end of driver and echo service, and
+    by those of the wire, which were `before` at the beginning (sent, received)."""
+    account = {
+        "sent": wire.sent - before[0],
+        "packets_rx": driver["packets_rx"],
+        "echoed": echo["frames"],
+        "packets_tx": driver["packets_tx"],
+        "received": wire.received - before[1],
+    }
+    assert account == dict.fromkeys(account, count)
+    assert driver["bytes_rx"] == driver["bytes_tx"] == echo["bytes"]
+    check_spotless(driver)

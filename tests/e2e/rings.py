@@ -10,6 +10,7 @@ from qemu.guest import Guest
 from qemu.views import Queue, advanced, device_status, device_view
 from qemu.wire import Wire
 from tests.e2e import testbed
+from tests.e2e.account import check_echoed
 from tests.e2e.traffic import BURST, UDP_PORT, Generator, reflected, source_port
 
 REPLY_SECONDS = 30.0
@@ -67,18 +68,8 @@ def every_frame_comes_back(
             _exchange(wire, frames, window)
         assert not wire.drain()
         bed.stop()
-    driver, echo = bed.final["driver"], bed.final["echo"]
-    account = {
-        "sent": wire.sent - before[0],
-        "packets_rx": driver["packets_rx"],
-        "echoed": echo["frames"],
-        "packets_tx": driver["packets_tx"],
-        "received": wire.received - before[1],
-    }
-    assert account == dict.fromkeys(account, SPREAD + 5 * BURST + 2 * ALONE + 1)
-    assert driver["bytes_rx"] == driver["bytes_tx"] == echo["bytes"]
-    for faults in ("drops", "refused_handles", "device_faults"):
-        assert not any(driver[faults].values()), driver[faults]
+    count = SPREAD + 5 * BURST + 2 * ALONE + 1
+    check_echoed(count, wire, before, bed.final["driver"], bed.final["echo"])
     assert not guest.iommu_faults()
 
 

@@ -13,7 +13,7 @@ from qemu.guest import Guest
 from qemu.views import device_view
 from qemu.wire import Wire
 from tests.e2e import testbed
-from tests.e2e.account import COUNTERS
+from tests.e2e.account import COUNTERS, check_echoed
 from tests.e2e.traffic import BURST, LONGEST, SHORTEST, Generator, Phase, reflected
 
 REPLY_SECONDS = 10.0
@@ -36,7 +36,7 @@ def echoed(wire: Wire, frames: Sequence[bytes], window: int = 1) -> None:
 
 @pytest.mark.parametrize("kind", ["arp", "icmp", "udp", "raw"])
 def test_every_frame_comes_back_once_and_unchanged(guest: Guest, wire: Wire, kind: str) -> None:
-    sent_before, received_before = wire.sent, wire.received
+    before = wire.sent, wire.received
     with testbed.running(guest) as bed:
         make = Generator(bed.mac)
         traffic = phase(make, kind)
@@ -46,19 +46,7 @@ def test_every_frame_comes_back_once_and_unchanged(guest: Guest, wire: Wire, kin
         echoed(wire, make.raw(1))
         assert not wire.drain()
         bed.stop()
-    driver, echo = bed.final["driver"], bed.final["echo"]
-    account = {
-        "sent": wire.sent - sent_before,
-        "packets_rx": driver["packets_rx"],
-        "echoed": echo["frames"],
-        "packets_tx": driver["packets_tx"],
-        "received": wire.received - received_before,
-    }
-    assert account == dict.fromkeys(account, len(traffic.frames) + 1)
-    assert driver["bytes_rx"] == driver["bytes_tx"] == echo["bytes"]
-    assert not any(driver["drops"].values())
-    assert not any(driver["refused_handles"].values())
-    assert not any(driver["device_faults"].values())
+    check_echoed(len(traffic.frames) + 1, wire, before, bed.final["driver"], bed.final["echo"])
     assert not guest.iommu_faults()
 
 

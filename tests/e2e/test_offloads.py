@@ -34,6 +34,7 @@ from qemu.packets import ETH_P_ALL, PACKET_OUTGOING, SOL_PACKET
 from qemu.session import Session
 from qemu.tap import Tap
 from tests.e2e import testbed
+from tests.e2e.account import check_spotless
 
 pytestmark = pytest.mark.needs_root
 
@@ -275,8 +276,7 @@ def serving(guest: Guest, offloads: Offload, options: Sequence[str] = ()) -> Ite
             service = Service(driver, process, mac)
             yield service
             counters = service.end()
-    for faults in ("drops", "refused_handles", "device_faults", "recoveries"):
-        assert not any(counters[faults].values()), counters[faults]
+    check_spotless(counters)
     assert not guest.iommu_faults()
 
 

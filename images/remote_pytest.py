@@ -14,12 +14,19 @@ here and the one on the host need not be of the same version.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import json
 import os
 import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+
+KEEP_COUNTS = "gcov_keep_counts"
+"""A function, void (void), by which a library that was compiled for gcov writes its counts down, and begins anew."""
 
 # Taken before pytest captures anything. What it prints itself, and what slips past the capture, goes to stderr.
 _requests = os.fdopen(os.dup(0), "rb")
@@ -78,6 +85,19 @@ def _save_coverage() -> None:
         measuring = coverage.Coverage.current()
         if measuring is not None:
             measuring.save()
+        for keep in _keepers():
+            keep()
+
+
+def _keepers() -> list[Callable[[], object]]:
+    """Of each library here that is compiled for gcov and has one, the function that writes its counts down."""
+    with Path("/proc/self/maps").open(encoding="utf-8") as maps:
+        paths = {line.split(maxsplit=5)[5].strip() for line in maps if ".so" in line}
+    found = []
+    for path in sorted(paths):
+        with contextlib.suppress(OSError, AttributeError):
+            found.append(getattr(ctypes.CDLL(path), KEEP_COUNTS))
+    return found
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -52,7 +52,8 @@ class RemoteTests:
 
     `options` are more arguments for it; `configuration` is the host's file of pytest settings, used there too; `log`
     gets what it prints besides reports. Into the directory `coverage` comes, after each test, a file of coverage.py's
-    data on the Python below `root` that ran in it, and when it is closed, what C compiled for gcov has counted.
+    data on the Python below `root` that ran in it, and what C compiled for gcov has counted: up to this test if its
+    library has a function for that (see images/remote_pytest.py), or else when its process ends.
     Collecting may take `patience` times as long as usual. What this puts there besides is in the directory `home`;
     `nic` is the PCI function that the tests may take.
     """
@@ -129,6 +130,7 @@ class RemoteTests:
             options += ["-c", f"{self._home}/{self._configuration.name}"]
         self._position, self._partial = 0, b""
         self._ident = f"{time.time_ns()}"
+        self._counts = f"{self._home}/gcov-{self._ident}"
         self._process = self.guest.start(
             ["python3", "-m", *self._measured(), "pytest", *options, *self._paths],
             cwd=self._root,
@@ -138,8 +140,8 @@ class RemoteTests:
                 "PYTHONDONTWRITEBYTECODE": "1",
                 "COVERAGE_CORE": "sysmon",
                 **({} if self._nic is None else {NIC_VARIABLE: self._nic}),
-                # For what is compiled with --coverage: its counts come when the process ends, all into one directory.
-                **({} if self._coverage is None else {"GCOV_PREFIX": f"{self._home}/gcov", "GCOV_PREFIX_STRIP": "99"}),
+                # For what is compiled with --coverage: where its counts come.
+                **({} if self._coverage is None else {"GCOV_PREFIX": self._counts, "GCOV_PREFIX_STRIP": "99"}),
             },
             stdin=True,
         )
@@ -147,20 +149,17 @@ class RemoteTests:
 
     def _keep_coverage(self) -> None:
         """Fetch what has been measured up to the test that is done."""
-        if self._coverage is not None:
-            with contextlib.suppress(AgentError):  # nothing was measured yet
-                self.guest.get(f"{self._home}/coverage.data", self._coverage / f"data.guest.{self._ident}")
-
-    def _keep_counts(self) -> None:
-        """Fetch what compiled code has counted, which it writes down when its process ends well."""
-        assert self._coverage is not None
+        if self._coverage is None:
+            return
+        with contextlib.suppress(AgentError):  # nothing was measured yet
+            self.guest.get(f"{self._home}/coverage.data", self._coverage / f"data.guest.{self._ident}")
+        kept = self._coverage / f"gcov.guest.{self._ident}"
         for name in self.guest.eval(
-            f"import os; os.listdir('{self._home}/gcov') if os.path.isdir('{self._home}/gcov') else []"
+            f"import os; os.path.isdir({self._counts!r}) and os.listdir({self._counts!r}) or []"
         ):
             if COUNTS.fullmatch(name):
-                kept = self._coverage / f"gcov.guest.{self._ident}"
                 kept.mkdir(exist_ok=True)
-                self.guest.get(f"{self._home}/gcov/{name}", kept / name)
+                self.guest.get(f"{self._counts}/{name}", kept / name)
 
     def _measured(self) -> list[str]:
         """The words that have coverage.py run what follows, after it was put there."""
@@ -195,11 +194,7 @@ class RemoteTests:
         when = phases[min(len(reports), 2)]
         words = "\n".join(process.stderr.rstrip().splitlines()[-60:])
         ended = "" if process.returncode is None else f" (exit code {process.returncode})"
-        lost = (
-            ""
-            if self._coverage is None
-            else "\nWhat ran of Python in this test, and of C in this process, is not measured."
-        )
+        lost = "" if self._coverage is None else "\nWhat ran in this test is not measured."
         text = f"{what}{ended}{lost}\n--- end of what it said\n{words}"
         return Report(nodeid, when, "failed", longrepr=text, crash=("", 0, f"{what}{ended}"))
 
@@ -216,7 +211,6 @@ class RemoteTests:
                 self._process.wait(DIE_SECONDS if self._coverage is None else SAVE_SECONDS)
                 if self._coverage is not None:
                     self._keep_coverage()
-                    self._keep_counts()
             except CommandError:
                 self._process.kill()
         self._keep_log()

@@ -6,9 +6,9 @@
 
 Both ends count into one table: a line has run if it has run on either. In the guest it is what the guest's own pytest
 runs that counts, fetched after each test, so a crash costs only the test it came in; not the driver that end-to-end
-tests start, which may write no file. The C core is compiled anew for both; its counts are written when a process ends,
-so one that is killed takes them along, and the report says how many were. Its own test programs, compiled under
-sanitizers, do not count. The report is in build/coverage.
+tests start, which may write no file. The C core is compiled anew for both, and its counts in the guest's pytest are
+fetched after each test as well; those of processes that tests start are written when they end. Its own test programs,
+compiled under sanitizers, do not count. The report is in build/coverage.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -49,10 +50,17 @@ omit =
     */tests/*
 """
 # Called by this name, because it is by its options' names that the cache tells one build for the guest from another.
-COMPILER = "gcc-that-counts"
+COMPILER = "gcc-that-keeps-counts"
 WRAPPER = """\
 #!/bin/sh
+case " $* " in *" -shared "*) set -- "$@" {keeper} ;; esac
 exec gcc "$@" --coverage -O0
+"""
+# Called after each test: see images/remote_pytest.py. Counts that are written down are added to those in the file.
+KEEPER = """\
+void __gcov_dump(void);
+void __gcov_reset(void);
+__attribute__((visibility("default"))) void gcov_keep_counts(void) { __gcov_dump(); __gcov_reset(); }
 """
 
 
@@ -132,13 +140,22 @@ def run(*words: str, rc: Path, **more: str) -> int:
     return subprocess.run([sys.executable, "-m", *words], check=False, env=environment).returncode
 
 
+def make_compiler(programs: Path) -> Path:
+    """A compiler, in this directory, whose code counts, and whose libraries can be told to write their counts down."""
+    keeper = programs / "keeper.o"
+    command = ["gcc", "-xc", "-fPIC", "-O2", "-c", "-o", str(keeper), "-"]
+    subprocess.run(command, check=True, input=KEEPER.encode())
+    wrapper = programs / COMPILER
+    wrapper.write_text(WRAPPER.format(keeper=shlex.quote(str(keeper))))
+    wrapper.chmod(0o755)
+    return wrapper
+
+
 def guests(options: argparse.Namespace, rc: Path) -> int:
     """Run the tests in a guest whose C counts."""
     programs = (OUT / "bin").absolute()
     programs.mkdir()
-    wrapper = programs / COMPILER
-    wrapper.write_text(WRAPPER)
-    wrapper.chmod(0o755)
+    make_compiler(programs)
     tests = ["pytest", "tests/guest", "-q", "--accel", options.accel, f"--guest-coverage={OUT.absolute()}"]
     ignored = ("test_vfio_selftests.py", "test_vfio_device.py")  # they want a guest of their own
     tests += [f"--ignore=tests/guest/{name}" for name in ignored]
@@ -197,7 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         add(total, part)
     report(total, parts)
     if not options.host:
-        print(f"\nIn guests {processes} processes have counted C: one that is killed takes its counts along.")
+        print(f"\nIn guests {processes} runs of pytest, with what their tests have started, have counted C.")
     (OUT / "core.json").write_text(json.dumps(total, indent=2) + "\n")
     print(f"\nline by line: {OUT}/html/index.html, {OUT}/core.json")
     return code

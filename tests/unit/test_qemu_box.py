@@ -1,6 +1,7 @@
 """A box, played by a shell of this machine: what goes over ssh elsewhere goes over `sh -c` here."""
 
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from coverage import CoverageData
 from qemu.box import Box, BoxDescription
 from qemu.errors import GuestLost, HarnessError, RecipeError, ToolMissing
 from qemu.remote import RemoteTests
+from tests.measure_coverage import counted, make_compiler
 
 LOCAL = f"""
 host = "here"
@@ -67,11 +69,17 @@ def test_what_was_measured_before_a_crash_is_kept(tmp_path: Path) -> None:
     (tmp_path / "code").mkdir()
     (tmp_path / "code" / "measured.py").write_text("def ran():\n    return 1\n\ndef lost():\n    return 2\n")
     (tmp_path / "code" / "test_it.py").write_text(
-        "import measured, os\n"
-        "def test_it(): assert measured.ran()\n"
-        "def test_crash(): measured.lost(); os.kill(os.getpid(), 9)\n"
+        "import ctypes, measured, os\n"
+        "here = os.path.dirname(os.path.abspath(__file__))\n"
+        "counted = ctypes.CDLL(os.path.join(here, 'counted.so'))\n"
+        "def test_it(): assert measured.ran() and counted.ran()\n"
+        "def test_crash(): measured.lost(); counted.lost(); os.kill(os.getpid(), 9)\n"
         "def test_after(): pass\n"
     )
+    (tmp_path / "counted.c").write_text("int ran(void)\n{\nreturn 1;\n}\nint lost(void)\n{\nreturn 2;\n}\n")
+    compiler = make_compiler(tmp_path)
+    command = [str(compiler), "-fPIC", "-shared", "-o", "code/counted.so", "counted.c"]
+    subprocess.run(command, check=True, cwd=tmp_path)
     kept = tmp_path / "coverage"
     kept.mkdir()
     with Box(described(tmp_path), tmp_path / "out") as box:
@@ -84,7 +92,7 @@ def test_what_was_measured_before_a_crash_is_kept(tmp_path: Path) -> None:
         assert remote.run("test_it.py::test_it", None, 60)[1].outcome == "passed"
         crash = remote.run("test_it.py::test_crash", None, 60)[-1]
         assert crash.outcome == "failed"
-        assert "What ran of Python in this test, and of C in this process, is not measured." in str(crash.longrepr)
+        assert "What ran in this test is not measured." in str(crash.longrepr)
         assert remote.run("test_it.py::test_after", None, 60)[1].outcome == "passed"
         remote.close()
     assert len(list(kept.glob("data.guest.*"))) == 2  # of each process its own
@@ -95,6 +103,14 @@ def test_what_was_measured_before_a_crash_is_kept(tmp_path: Path) -> None:
         lines |= set(data.lines(f"{root}/measured.py") or ())
     assert 2 in lines
     assert 5 not in lines
+    (notes,) = (tmp_path / "code").glob("*.gcno")
+    counts = dict.fromkeys((3, 7), 0)
+    for number, file in enumerate(kept.glob("gcov.guest.*/*.gcda")):
+        (tmp_path / str(number)).mkdir()
+        shutil.copy(file, tmp_path / str(number) / notes.with_suffix(".gcda").name)
+        found = counted(Path(shutil.copy(notes, tmp_path / str(number))), Path.cwd())["counted.c"]
+        counts = {line: count + found[line] for line, count in counts.items()}
+    assert counts == {3: 1, 7: 0}
 
 
 @pytest.mark.thorough

@@ -194,7 +194,7 @@ def test_what_is_kept(guests: Session, tmp_path: Path) -> None:
     subprocess.run(["sh", "-n", str(script)], check=True)
     with PcapNgReader(str(kept / "wire.pcap")) as reader:
         assert bytes(next(iter(reader))) == b"\xff" * 60
-    # The same guest, alone, its console on the terminal: it gets as far as its agent, which waits for a host.
+    # The same guest, alone, its console on the terminal; with an init that is not there, as it would not end by itself.
     again = subprocess.Popen(
         [str(script), "-append", "console=ttyS0 panic=-1 rdinit=/nonexistent"],
         stdin=subprocess.DEVNULL,

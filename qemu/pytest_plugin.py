@@ -101,7 +101,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     output = getattr(session.config, "workeroutput", None)
     if output is not None:
         booted, trouble = [list(guest) for guest in ours.booted], [list(entry) for entry in ours.infrastructure]
-        output["guests"] = [booted, trouble, dict(ours.preparing)]
+        output["guests"] = [booted, trouble, dict(ours.preparing), ours.panics]
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     if reporter is not None:
         failed = [report.nodeid for kind in ("failed", "error") for report in reporter.stats.get(kind, [])]
@@ -112,9 +112,10 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
     """A parallel run: what the worker has to tell, for the summary."""
-    booted, infrastructure, preparing = getattr(node, "workeroutput", {}).get("guests", ([], [], {}))
+    booted, infrastructure, preparing, panics = getattr(node, "workeroutput", {}).get("guests", ([], [], {}, []))
     session = node.config.stash[SESSION]
     session.booted += [Booted(*facts) for facts in booted]
+    session.panics += panics
     for what, seconds in preparing.items():
         session.preparing[what] += seconds
     session.infrastructure += [(nodeid, reason) for nodeid, reason in infrastructure]

@@ -23,6 +23,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
             terminalreporter.write_line(f"{nodeid}: {reason}")
     if session.booted:
         terminalreporter.write_line(f"guests: {summary(session.booted)}; artefacts in {session.artefacts}")
+        for panic in session.panics:
+            terminalreporter.write_line(f"booted once more: a guest that had not come up: {panic}")
         spent: defaultdict[str, float] = defaultdict(float)
         for reports in terminalreporter.stats.values():
             for report in reports:

@@ -18,7 +18,7 @@ from qemu.box import Box
 from qemu.codedisk import build_code_disk, build_code_tree
 from qemu.command import DEFAULT_IOMMU
 from qemu.dimensions import Dimensions
-from qemu.errors import HarnessError, NotOnMetal
+from qemu.errors import GuestPanicked, HarnessError, NotOnMetal
 from qemu.guest import Guest, Nic, boot
 from qemu.images import Image, Recipe, ensure_image
 from qemu.metal import Metal, unpinned
@@ -94,6 +94,8 @@ class Session:
         """Each guest that came up, for the summary."""
         self.preparing: defaultdict[str, float] = defaultdict(float)
         """Seconds that image and code disk took to be there, by what it was; for the summary."""
+        self.panics: list[str] = []
+        """Of each guest that had to be booted once more what its kernel said."""
         self.infrastructure: list[tuple[str, str]] = []
         """What failed for reasons of the harness, not of what is tested: nodeid and reason."""
         self.only_infrastructure = False
@@ -173,9 +175,21 @@ class Session:
         options.setdefault("code", self.code(recipe))
         options.setdefault("timeout", BOOT_SECONDS * self.patience)
         options.setdefault("patience", self.patience)
-        guest = boot(self.image(recipe), artefacts=self.artefacts / name, say=self.say, **options)
+        guest = self._boot(self.image(recipe), self.artefacts / name, options)
         self.booted.append(Booted(str(guest.accel), guest.origin, guest.boot_seconds))
         return guest
+
+    def _boot(self, image: Image, artefacts: Path, options: dict[str, Any]) -> Guest:
+        try:
+            return boot(image, artefacts=artefacts, say=self.say, **options)
+        except GuestPanicked as failure:
+            # QEMU 7.2 emulates a kernel that changes its own code, as each does in its first second, not quite always
+            # right. Nothing of what is tested has run by then, so it may have another try; a second panic counts.
+            self.panics.append(str(failure).splitlines()[0])
+            self.say(f"{artefacts.name}: {self.panics[-1]}; booting it once more")
+            kept = artefacts / "console.log"
+            shutil.copyfile(kept, artefacts / "console-panicked.log")
+            return boot(image, artefacts=artefacts, say=self.say, **options)
 
     @contextlib.contextmanager
     def fresh(self, name: str, wanted: Dimensions) -> Iterator[Guest]:

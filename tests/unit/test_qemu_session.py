@@ -2,6 +2,7 @@
 
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,7 +10,8 @@ import pytest
 from qemu import capabilities, flakes, timing, vm
 from qemu import guest as booting
 from qemu.dimensions import Dimensions, UnknownDimension
-from qemu.session import Booted, phases, summary
+from qemu.errors import GuestPanicked
+from qemu.session import Booted, Session, phases, summary
 from qemu.truth import DRIVERS, FAULTS, FILES, KERNEL, Truth
 from tests.e2e.patience import TOLD_SECONDS
 
@@ -252,3 +254,28 @@ def test_trouble_is_told_within_the_time_there_is_for_it() -> None:
     """Each limit by which a guest is given up: one that is silent and idle, one that spins, KVM on trial, a panic."""
     limits = (vm.IDLE_SECONDS + vm.LOOK_SECONDS, booting.SPIN_SECONDS, booting.TRIAL_SECONDS, 2 * vm.PANIC_SECONDS)
     assert max(limits) < TOLD_SECONDS
+
+
+def test_a_guest_that_panics_while_it_boots_is_booted_once_more(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "console.log").write_text("Oops")
+    tries: list[int] = []
+
+    def boot(*_: object, **__: object) -> str:
+        tries.append(1)
+        if len(tries) != 2:
+            raise GuestPanicked("guest panicked: Oops\n--- end of console.log")
+        return "a guest"
+
+    monkeypatch.setattr("qemu.session.boot", boot)
+    said: list[str] = []
+    session: Any = SimpleNamespace(panics=[], say=said.append)
+    assert Session._boot(session, None, tmp_path, {}) == "a guest"  # type: ignore[arg-type, comparison-overlap]
+    assert session.panics == ["guest panicked: Oops"]
+    assert said == [f"{tmp_path.name}: guest panicked: Oops; booting it once more"]
+    assert (tmp_path / "console-panicked.log").read_text() == "Oops"
+    tries.append(1)  # from here on it panics each time
+    with pytest.raises(GuestPanicked):
+        Session._boot(session, None, tmp_path, {})  # type: ignore[arg-type]
+    assert len(tries) == 5

@@ -7,7 +7,7 @@ import shlex
 import shutil
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,28 +43,6 @@ class Booted(NamedTuple):
     accel: str
     origin: str
     seconds: float
-
-
-def summary(booted: Sequence[Booted]) -> str:
-    """One line on all guests of a run."""
-    restored = [guest.seconds for guest in booted if guest.origin.startswith("restored")]
-    cold = [guest.seconds for guest in booted if not guest.origin.startswith("restored")]
-    parts = [
-        f"{len(times)} {how} in {min(times):.1f}-{max(times):.1f} s"
-        for how, times in (("booted", cold), ("restored", restored))
-        if times
-    ]
-    accels = dict.fromkeys(guest.accel for guest in booted)
-    return f"{', '.join(parts)}, under {'; '.join(accels)}"
-
-
-def phases(spent: Mapping[str, float], preparing: Mapping[str, float], booted: Sequence[Booted]) -> str:
-    """One line on where a run's time went: `spent` by what pytest calls setup, call and teardown, in seconds."""
-    parts = {**preparing, "guests coming up": sum(guest.seconds for guest in booted)}
-    within = ", ".join(f"{what} {seconds:.1f} s" for what, seconds in parts.items() if seconds >= 0.05)
-    setup, call, teardown = (spent.get(name, 0.0) for name in ("setup", "call", "teardown"))
-    whole = f"setting up {setup:.1f} s, tests {call:.1f} s, tearing down {teardown:.1f} s"
-    return f"{whole}; within these {within}" if within else whole
 
 
 @dataclass

@@ -26,7 +26,7 @@ def alive(pid: int) -> bool:
         return False
 
 
-def wait_gone(pid: int, seconds: float = 2.0) -> None:
+def wait_gone(pid: int, seconds: float = 3.0) -> None:
     deadline = time.monotonic() + seconds
     while alive(pid):
         assert time.monotonic() < deadline, f"process {pid} is still there after {seconds} s"

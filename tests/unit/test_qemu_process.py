@@ -13,22 +13,7 @@ import pytest
 
 from qemu.errors import ToolMissing
 from qemu.process import Process
-
-ROOT = Path(__file__).parents[2]
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
-
-
-def wait_gone(pid: int, seconds: float = 3.0) -> None:
-    deadline = time.monotonic() + seconds
-    while alive(pid):
-        assert time.monotonic() < deadline, f"process {pid} is still there after {seconds} s"
-        time.sleep(0.01)
+from tests.e2e.patience import ROOT, alive, wait_gone
 
 
 def wait_pid(process: Process) -> int:
@@ -105,6 +90,7 @@ import os, sys, time
 sys.path.insert(0, {root!r})
 from pathlib import Path
 from qemu.process import Process
+from tests.e2e.patience import ROOT, alive, wait_gone
 process = Process(["sleep", "1000"], log=Path({log!r}))
 while process.pid is None:
     time.sleep(0.01)

@@ -11,7 +11,8 @@ from qemu import capabilities, flakes, timing, vm
 from qemu import guest as booting
 from qemu.dimensions import Dimensions, UnknownDimension
 from qemu.errors import GuestPanicked
-from qemu.session import Booted, Session, phases, summary
+from qemu.pytest_summary import phases, summary
+from qemu.session import Booted, Session
 from qemu.truth import DRIVERS, FAULTS, FILES, KERNEL, Truth
 from tests.e2e.patience import TOLD_SECONDS
 

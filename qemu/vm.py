@@ -24,15 +24,9 @@ from qemu.console import Console
 from qemu.control import Control
 from qemu.errors import GuestLost, GuestNeverCameUp, GuestPanicked, HarnessError
 from qemu.process import Process
+from qemu.stuck import LOOK_SECONDS, Stuck
 from qemu.wire import Wire
 
-IDLE_SECONDS = 4.0
-"""A guest that was silent and idle for so long while it booted hangs."""
-IDLE_SHARE = 0.1
-"""Share of one processor below which a guest counts as idle."""
-FLOOD_BYTES = 1 << 19
-"""What no guest prints while it boots."""
-LOOK_SECONDS = 0.25
 QUIT_SECONDS = 3.0
 PANIC_SECONDS = 2.0
 MOVE_SECONDS = 60.0
@@ -193,8 +187,7 @@ class VirtualMachine:
 
         `timeout` is in seconds, `spin` in seconds of processor time without a word on the console.
         """
-        activity = used_then = 0.0
-        looked: list[tuple[float, float]] = []  # when, and the effort until then, since the console's last word
+        watch = Stuck(self._began, timeout, spin)
         while True:
             with self._state:
                 self._state.wait_for(lambda: self._failure is not None or self.agent.ready, LOOK_SECONDS)
@@ -205,27 +198,10 @@ class VirtualMachine:
                 with self._state:
                     self._up = True
                 return
-            now = time.monotonic()
-            used, waited = self._process.effort()
-            if activity != self._console.last_activity:
-                activity = self._console.last_activity
-                used_then = used
-                looked.clear()
-            looked.append((now, used + waited))
-            while looked[0][0] < now - IDLE_SECONDS - LOOK_SECONDS:
-                looked.pop(0)
-            span, spent = now - looked[0][0], used + waited - looked[0][1]
-            stuck = None
-            if span >= IDLE_SECONDS and spent < IDLE_SHARE * span:
-                stuck = f"it has been idle and silent for {span:.0f} s"
-            elif used - used_then >= spin:
-                stuck = f"it has used {spin:.0f} s of processor time without a word on the console"
-            elif self._console.size > FLOOD_BYTES:
-                stuck = f"it has flooded its console with {self._console.size >> 10} KiB"
-            elif now - self._began >= timeout:
-                stuck = f"its agent did not greet within {timeout:g} s"
-            if stuck is not None:
-                self._fail(GuestNeverCameUp(self._with_console(f"guest never came up: {stuck}")))
+            console = self._console
+            reason = watch.look(time.monotonic(), *self._process.effort(), console.last_activity, console.size)
+            if reason is not None:
+                self._fail(GuestNeverCameUp(self._with_console(f"guest never came up: {reason}")))
                 break
         assert self._failure is not None
         raise self._failure

@@ -168,10 +168,10 @@ host-clang: | host-packages
 coverage: $(SETUP) ## what of the code the tests run: Python on the host and in a guest, and the C core
 	$(PY) -m tests.measure_coverage --accel $(ACCEL) $(ARGS)
 
-# How many rounds `make flakes` makes
+# How many rounds `make flakes` makes, of some minutes each
 N ?= 20
-flakes: $(SETUP) ## run tests N times and tell which do not always pass: make flakes N=20 ARGS="tests/e2e/test_echo.py -n 2"
-	$(PY) -m qemu.flakes $(N) $(or $(ARGS),tests/e2e/test_echo.py) --accel $(ACCEL)
+flakes: $(SETUP) ## run qemu-test, or others, N times and tell which do not always pass: ARGS="tests/e2e/test_echo.py -n 2"
+	$(PY) -m qemu.flakes $(N) $(or $(ARGS),$(IN_GUESTS) -m "not thorough" -n 2) --accel $(ACCEL)
 
 timing: $(SETUP) ## where the time goes until a guest is up
 	$(PY) -m qemu.timing --accel $(ACCEL) $(ARGS)

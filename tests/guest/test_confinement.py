@@ -162,7 +162,8 @@ def test_no_file_is_left_however_it_is_asked_for(place: Path) -> None:
     assert confined(lambda: file.unlink()) == "EACCES"
     assert confined(lambda: file.rename(place / "other")) == "EACCES"
     assert confined(lambda: (place / "directory").mkdir()) == "EACCES"
-    assert confined(lambda: os.truncate(file, 0)) == "EACCES"
+    if sandbox.landlock_abi() >= 3:  # Linux 6.2; before, only the filter forbids it
+        assert confined(lambda: os.truncate(file, 0)) == "EACCES"
     assert confined(lambda: os.execv(sys.executable, ["python3"])) == "EACCES"
     assert confined(lambda: Path("/proc/self/status").read_text()) == "EACCES"
     assert confined(lambda: Path("/dev/null").read_bytes()) == "EACCES"
@@ -269,6 +270,7 @@ def test_ways_around() -> None:
         "its own memory as a file": call("openat", -100, file, os.O_RDWR, 0),
         "a file by its handle": call("open_by_handle_at", -100, bytes(16), os.O_RDONLY),
         "a shorter file": call("ftruncate", 1, 0),
+        "a shorter file by its name": call("truncate", b"/var/tmp/file", 0),
         "a hole in a file": call("fallocate", 1, 3, 0, 4096),
         "the end of the port": call("shutdown", 0, 2),
         "flags that others share": call("fcntl", 0, 4, os.O_NONBLOCK),

@@ -124,7 +124,9 @@ static inline int receive_buffer(struct nb_pump *pump, struct pump_pair *pair, c
 static inline int take_buffers(const struct nb_pump *pump, struct pump_pair *pair, struct nb_used *used, uint32_t most,
                                int *last)
 {
-    int got = virtqueue_take_burst(pair->rx_queue, used, (int)(most < TAKEN_AT_ONCE ? most : TAKEN_AT_ONCE), last);
+    uint64_t readable = 0;
+    int got =
+        virtqueue_take_burst(pair->rx_queue, used, (int)(most < TAKEN_AT_ONCE ? most : TAKEN_AT_ONCE), &readable, last);
     if (pump->config.rx_max_pieces > 1)
         for (int i = 0; i < got; i++)
             __builtin_prefetch(num_buffers_of(pump, used[i].buffer));

@@ -21,9 +21,8 @@ struct nb_segment {
 
 /* A completed chain. */
 struct nb_used {
-    uint32_t buffer;   /* the token it was added with */
-    uint32_t written;  /* bytes the device wrote, checked against what it could write */
-    uint32_t readable; /* bytes it was given to read */
+    uint32_t buffer;  /* the token it was added with */
+    uint32_t written; /* bytes the device wrote, checked against what it could write */
 };
 
 /* The shadow of one descriptor (split), or of one buffer id (packed). Of a chain only its head's counts. */

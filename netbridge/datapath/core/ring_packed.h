@@ -173,7 +173,7 @@ static inline int packed_completed(const struct nb_virtqueue *queue)
     return queue->chains_in_flight ? (int)queue->chains_in_flight : -1 - NB_FAULT_USED_JUMP;
 }
 
-static inline int packed_take(struct nb_virtqueue *queue, struct nb_used *taken)
+static inline int packed_take(struct nb_virtqueue *queue, struct nb_used *taken, uint64_t *readable)
 {
     uint32_t id = 0, len = 0;
     if (queue->batch_left == 0) {
@@ -193,7 +193,8 @@ static inline int packed_take(struct nb_virtqueue *queue, struct nb_used *taken)
     struct nb_slot *head = &queue->slots[id];
     queue->used_next = packed_advance(queue, queue->used_next, head->length);
     ring_unbook(queue, (uint16_t)id, (uint16_t)id);
-    *taken = (struct nb_used){.buffer = head->buffer, .written = len, .readable = head->readable};
+    *taken = (struct nb_used){.buffer = head->buffer, .written = len};
+    *readable += head->readable;
     return 1;
 }
 

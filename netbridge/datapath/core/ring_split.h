@@ -107,7 +107,7 @@ static inline int split_completed(struct nb_virtqueue *queue)
     return completed;
 }
 
-static inline int split_take(struct nb_virtqueue *queue, struct nb_used *taken)
+static inline int split_take(struct nb_virtqueue *queue, struct nb_used *taken, uint64_t *readable)
 {
     uint16_t shown = (uint16_t)(queue->used_shown - queue->used_next);
     if (shown == 0)
@@ -131,7 +131,8 @@ static inline int split_take(struct nb_virtqueue *queue, struct nb_used *taken)
         tail = queue->slots[tail].next;
     ring_unbook(queue, (uint16_t)id, tail);
     queue->used_next++;
-    *taken = (struct nb_used){.buffer = head->buffer, .written = len, .readable = head->readable};
+    *taken = (struct nb_used){.buffer = head->buffer, .written = len};
+    *readable += head->readable;
     return 1;
 }
 

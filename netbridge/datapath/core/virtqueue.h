@@ -103,33 +103,35 @@ static inline void virtqueue_notify(const struct nb_virtqueue *queue)
         *(volatile uint16_t *)config->notify = config->index;
 }
 
-/* Looks what the device has completed: 0: nothing; otherwise virtqueue_take() gives some, and no more than this; or
+/* Looks what the device has completed: 0: nothing; otherwise virtqueue_take_burst() gives some, and no more than this; or
  * -1 - the enum nb_device_fault. */
 static inline int virtqueue_completed(struct nb_virtqueue *queue)
 {
     return queue->packed ? packed_completed(queue) : split_completed(queue);
 }
 
-/* Takes the next completed chain; of a split queue, of those that virtqueue_completed() saw. 1; 0: there is none; or -1 -
- * the enum nb_device_fault. */
-static inline int virtqueue_take(struct nb_virtqueue *queue, struct nb_used *taken)
-{
-    return queue->packed ? packed_take(queue, taken) : split_take(queue, taken);
-}
-
-/* Takes completed chains, up to `most`, and returns how many; `last` is what virtqueue_take() said in the end: 1: there may
- * be more. All at once, so that what a chain brought can be fetched while others are looked at. */
-static inline int virtqueue_take_burst(struct nb_virtqueue *queue, struct nb_used *taken, int most, int *last)
+/* Takes completed chains, up to `most`; of a split queue, of those that virtqueue_completed() saw. Returns how many, adds what
+ * the device was given to read of them to `readable`, bytes. `last`: 1: there may be more; 0: there is none; or -1 - the enum
+ * nb_device_fault. All at once, so that what a chain brought can be fetched while others are looked at. */
+static inline int virtqueue_take_burst(struct nb_virtqueue *queue, struct nb_used *taken, int most, uint64_t *readable,
+                                       int *last)
 {
     int count = 0, got = 1;
     if (queue->packed)
-        while (count < most && (got = packed_take(queue, &taken[count])) > 0)
+        while (count < most && (got = packed_take(queue, &taken[count], readable)) > 0)
             count++;
     else
-        while (count < most && (got = split_take(queue, &taken[count])) > 0)
+        while (count < most && (got = split_take(queue, &taken[count], readable)) > 0)
             count++;
     *last = got;
     return count;
+}
+
+/* The next one alone. 1; or what `last` is said to be. */
+static inline int virtqueue_take(struct nb_virtqueue *queue, struct nb_used *taken)
+{
+    uint64_t readable = 0;
+    return queue->packed ? packed_take(queue, taken, &readable) : split_take(queue, taken, &readable);
 }
 
 /* Interrupts on or off: a hint to the device, so whoever turns them on looks once more, after a full fence. On: for the

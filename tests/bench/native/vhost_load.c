@@ -130,7 +130,8 @@ static void send_back(struct load *load, uint32_t buffer, uint32_t length)
 /* Takes up to `most` buffers, and fetches their headers if they say something, as the pump does. */
 static inline int take_buffers(struct load *load, struct nb_used *used, int most, int *last)
 {
-    int got = virtqueue_take_burst(load->rx, used, lesser(most, TAKEN_AT_ONCE), last);
+    uint64_t readable = 0;
+    int got = virtqueue_take_burst(load->rx, used, lesser(most, TAKEN_AT_ONCE), &readable, last);
     if (load->merges)
         for (int i = 0; i < got; i++)
             __builtin_prefetch(header_of(load, used[i].buffer));

@@ -114,7 +114,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
             f"--{direction}-buffers",
             metavar="N",
             type=_buffers,
-            help=f"{what} buffers of 2 KiB (default: %(default)s)",
+            help=f"{what} buffers of 2 KiB; of 4 KiB, half as many, with segmentation offload (default: %(default)s)",
         )
     parser.add_argument(
         "--spin-us",

@@ -14,7 +14,7 @@ import vfio
 from netbridge.datapath._core import ffi, lib
 from netbridge.errors import DeviceError, NetbridgeError
 from netbridge.ipc.geometry import DEFAULT_HEADROOM, STRIDE_ALIGNMENT
-from netbridge.ipc.offloads import TX_SEGMENTATION
+from netbridge.ipc.offloads import RX_SEGMENTATION, TX_SEGMENTATION
 from netbridge.ipc.regions import discard, new_memfd
 from netbridge.ipc.session import PortSession
 from netbridge.virtio import features
@@ -28,6 +28,8 @@ else:
     Protocol = object
 
 BUFFER_STRIDE = 2048
+# Where frames of 64 KiB come and go: what a buffer costs, it costs half as often.
+UNCUT_STRIDE = 4096
 MAX_MERGED_BUFFERS = 34  # a 64 KiB frame and its header in buffers of 2 KiB, rounded up
 QUEUE_PAIR_BYTES = 1 << 18  # two virtqueues of 256 entries and their indirect tables, with room
 BURST = 64
@@ -39,10 +41,11 @@ LARGEST_PACKET = 65535  # that IP can say of itself
 ONE_PROCESSOR = len(os.sched_getaffinity(0)) == 1
 
 
-def stride_for(smallest: int, header_bytes: int) -> int:
-    """Bytes from one receive buffer to the next, when each must have room for `smallest` bytes, header included."""
+def stride_for(smallest: int, header_bytes: int, uncut: bool = False) -> int:
+    """Bytes from one receive buffer to the next, when each must have room for `smallest` bytes, header included.
+    `uncut`: frames can be as long as an IP packet."""
     needed = DEFAULT_HEADROOM - header_bytes + smallest
-    return max(BUFFER_STRIDE, -(-needed // STRIDE_ALIGNMENT) * STRIDE_ALIGNMENT)
+    return max(UNCUT_STRIDE if uncut else BUFFER_STRIDE, -(-needed // STRIDE_ALIGNMENT) * STRIDE_ALIGNMENT)
 
 
 def largest_to_send(mtu: int, offloads: int) -> int:
@@ -58,7 +61,7 @@ def _memory(buffers: int, name: str) -> vfio.Memory:
 class Settings:
     """What can be chosen about a bridge.
 
-    `rx_buffers`, `tx_buffers`: of 2 KiB each (where received frames need larger ones, so many fewer of them).
+    `rx_buffers`, `tx_buffers`: of 2 KiB each (where frames want larger ones, so many fewer of them).
     `spin_us`: how long the pump polls at most after the last frame before it sleeps, microseconds. `queue_pairs`: how
     many to use if the device has as many. `stall_ms`: a device that has frames to send and sends none for so long, in
     milliseconds, is taken for stuck and reset (0: never). `queue_reset`: of such a device only the queue, if it can and
@@ -155,7 +158,8 @@ class Session:
         self._ledgers: dict[str, Any] = {}
         self._promised = _Promises.of(net)
         self.is_salvaged = False
-        rx_stride = stride_for(net.facts.smallest_rx_buffer, net.facts.header_bytes)
+        uncut = bool(net.offloads & RX_SEGMENTATION) and settings.rx_buffers >= 2 * LEAST_RX_BUFFERS
+        rx_stride = stride_for(net.facts.smallest_rx_buffer, net.facts.header_bytes, uncut)
         rx_buffers = settings.rx_buffers * BUFFER_STRIDE // rx_stride
         if rx_buffers < LEAST_RX_BUFFERS:
             needed = -(-LEAST_RX_BUFFERS * rx_stride // BUFFER_STRIDE)
@@ -164,7 +168,9 @@ class Session:
                 f"buffer of its own, and there is memory for {rx_buffers} of them; use MRG_RXBUF, or give it "
                 f"{needed} receive buffers of {BUFFER_STRIDE} bytes or more"
             )
-        tx_pieces = min(lib.NB_MOST_PIECES, settings.tx_buffers, *(pair.tx.size - 1 for pair in net.pairs))
+        tx_stride = UNCUT_STRIDE if net.offloads & TX_SEGMENTATION else BUFFER_STRIDE
+        tx_buffers = max(settings.tx_buffers * BUFFER_STRIDE // tx_stride, 1)
+        tx_pieces = min(lib.NB_MOST_PIECES, tx_buffers, *(pair.tx.size - 1 for pair in net.pairs))
         with ExitStack() as stack:
             # Sealed by the port session, which knows how, once everybody who may write has mapped it.
             self._rx = stack.enter_context(_memory(settings.rx_buffers, "netbridge-rx"))
@@ -180,8 +186,8 @@ class Session:
                     self._rx,
                     self._tx,
                     rx_count=rx_buffers,
-                    tx_count=settings.tx_buffers,
-                    stride=BUFFER_STRIDE,
+                    tx_count=tx_buffers,
+                    stride=tx_stride,
                     rx_stride=rx_stride,
                     rx_limit=rx_buffers - min(sum(pair.rx.size for pair in net.pairs), rx_buffers // 2),
                     rx_read_only=settings.rx_read_only,

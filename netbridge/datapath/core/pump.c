@@ -45,6 +45,7 @@ static void refill(struct nb_pump *pump)
 static int collect(struct nb_pump *pump)
 {
     int moved = 0;
+    pump->holds_back = false;
     for (uint32_t i = 0; i < pump->config.pair_count; i++) {
         struct pump_pair *pair = pair_in_turn(pump, i);
         int received = pump_receive(pump, pair);
@@ -142,7 +143,7 @@ void nb_pump_run(struct nb_pump *pump, struct nb_pump_result *result)
             sched_yield();
             continue;
         }
-        if (pump->polling.most_ns) {
+        if (pump->polling.most_ns && !pump->holds_back) {
             uint64_t now = now_ns();
             if (!idle_since)
                 idle_since = now;
@@ -156,6 +157,8 @@ void nb_pump_run(struct nb_pump *pump, struct nb_pump_result *result)
         verdict = pump_look_for_stall(pump, &timeout_ms);
         if (verdict < 0)
             break;
+        if (pump->holds_back && (timeout_ms < 0 || timeout_ms > CLIENT_PATIENCE_MS))
+            timeout_ms = CLIENT_PATIENCE_MS;
         count(&pump->config.counters->sleeps, 1);
         verdict = pump_look_at_fds(pump, timeout_ms);
         woken_at = now_ns();

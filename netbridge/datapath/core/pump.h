@@ -28,6 +28,9 @@ enum { ETHERNET_HEADER = 14, NO_BUFFER = UINT32_MAX };
 /* Received chains that are taken at once, and their headers fetched: by the time the last is taken, the first is there. */
 enum { TAKEN_AT_ONCE = 32 };
 
+/* On one processor: how long a client that holds all it may is waited for, before frames are dropped for want of it. */
+enum { CLIENT_PATIENCE_MS = 500 };
+
 /* A negative verdict carries what happened: the enum nb_refusal or enum nb_device_fault is recovered from it. */
 enum { CLIENT_FAULT = -1000, DEVICE_FAULT = -2000 };
 static inline int client_fault(int refusal) { return CLIENT_FAULT - refusal; }
@@ -88,6 +91,9 @@ struct nb_pump {
     uint32_t rx_share;   /* chains a pair's RX queue may hold, so that there are buffers for the others too */
     uint8_t rx_flags;    /* of a received frame's first entry: NB_HEADER if the session has offloads there */
     bool tx_has_offloads;
+    bool holds_back;        /* the last round left received frames with the device, for the client to catch up */
+    bool client_is_late;    /* it was waited for in vain, and has given nothing back since */
+    uint64_t awaited_since; /* holds_back, and nothing came back since then; 0: neither */
     uint64_t doorbell_ns; /* when the client's bell was last rung; 0: its wake-up was accounted for */
     uint32_t stalled;     /* the pair of which the watchdog last said so */
     struct polling polling;

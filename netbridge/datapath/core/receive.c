@@ -147,13 +147,35 @@ static void publish_received(struct nb_pump *pump, const struct received *receiv
     }
 }
 
+static inline uint32_t least(uint32_t a, uint32_t b) { return a < b ? a : b; }
+
+/* How many buffers to take of those that have come. On one processor the client gives nothing back as long as we run: what it
+ * may not hold yet is left with the device, and none taken (`holds_back`) if the next frame might be dropped. A client that
+ * does not make use of the time is not waited for again before it has given something back. */
+static uint32_t takeable(struct nb_pump *pump, const struct pump_pair *pair, uint32_t completed)
+{
+    const struct nb_pump_config *config = &pump->config;
+    uint32_t take = least(completed, config->burst);
+    uint32_t held = config->rx_ledger->owned[NB_OWNER_CLIENT] + pair->pieces_gathered;
+    if (!config->yields || pump->client_is_late || held + take <= config->rx_client_limit)
+        return take;
+    uint32_t room = held < config->rx_client_limit ? config->rx_client_limit - held : 0;
+    if (room >= least(config->rx_max_pieces, (config->rx_client_limit + 1) / 2))
+        return room;
+    uint64_t now = now_ns();
+    if (pump->awaited_since == 0)
+        pump->awaited_since = now;
+    pump->client_is_late = now - pump->awaited_since >= CLIENT_PATIENCE_MS * 1000000ull;
+    pump->holds_back = !pump->client_is_late;
+    return pump->holds_back ? 0 : take;
+}
+
 int pump_receive(struct nb_pump *pump, struct pump_pair *pair)
 {
     int completed = virtqueue_completed(pair->rx_queue);
     if (completed <= 0)
         return completed < 0 ? device_fault(-1 - completed) : 0;
-    uint32_t most = pump->config.burst;
-    uint32_t take = (uint32_t)completed < most ? (uint32_t)completed : most;
+    uint32_t take = takeable(pump, pair, (uint32_t)completed);
     struct received received = {.put = pump->rx_active_put};
     struct nb_used used[TAKEN_AT_ONCE];
     uint32_t taken = 0;
@@ -191,8 +213,11 @@ int pump_take_back(struct nb_pump *pump)
             return client_fault((int)(-1 - buffer));
         ledger_put_free(ledger, (uint32_t)buffer);
     }
-    if (waiting)
+    if (waiting) {
         ring_consumed(&pump->config.rx_free, pump->rx_free_taken);
+        pump->client_is_late = false;
+        pump->awaited_since = 0;
+    }
     return (int)waiting;
 }
 

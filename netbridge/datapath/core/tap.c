@@ -18,7 +18,7 @@
 #include "net_header.h"
 
 enum {
-    BURST = 64,
+    BURST = 128, /* buffers, and frames */
     MOST_PIECES = sizeof(((struct nb_tap *)0)->partial) / sizeof(struct nb_piece),
     SPARES = BURST + MOST_PIECES,
     LEAST_FRAME = 14,

@@ -44,7 +44,7 @@ void pump_wake_client(struct nb_pump *pump)
 static void set_interrupts(struct nb_pump *pump, bool on)
 {
     for (uint32_t i = 0; i < pump->config.pair_count; i++) {
-        virtqueue_set_interrupts(pump->pairs[i].rx_queue, on);
+        virtqueue_set_interrupts(pump->pairs[i].rx_queue, on && !pump->holds_back);
         virtqueue_set_interrupts(pump->pairs[i].tx_queue, on);
     }
 }
@@ -52,7 +52,8 @@ static void set_interrupts(struct nb_pump *pump, bool on)
 static bool device_has_completed(struct nb_pump *pump)
 {
     for (uint32_t i = 0; i < pump->config.pair_count; i++)
-        if (virtqueue_completed(pump->pairs[i].rx_queue) != 0 || virtqueue_completed(pump->pairs[i].tx_queue) != 0)
+        if ((virtqueue_completed(pump->pairs[i].rx_queue) != 0 && !pump->holds_back) ||
+            virtqueue_completed(pump->pairs[i].tx_queue) != 0)
             return true;
     return false;
 }
@@ -85,9 +86,9 @@ static void wake_devices(struct nb_pump *pump)
 bool pump_ask_for_wakeup(struct nb_pump *pump)
 {
     const struct nb_pump_config *config = &pump->config;
-    /* Returned RX buffers can wait while the device has plenty. */
-    bool device_starves = pump_device_starves(pump);
-    if (device_starves)
+    /* Returned RX buffers can wait while the device has plenty, and the client is not waited for. */
+    bool wants_buffers = pump->holds_back || pump_device_starves(pump);
+    if (wants_buffers)
         ring_arm(&config->rx_free);
     /* Frames to send can wait while the device has no room for them: its interrupt will tell. */
     bool room_to_send = pump_can_transmit(pump);
@@ -97,7 +98,7 @@ bool pump_ask_for_wakeup(struct nb_pump *pump)
     fence_store_load();
     bool nothing = !device_has_completed(pump) &&
                    (!room_to_send || ring_waiting(&config->tx_active, pump->tx_active_taken) == 0) &&
-                   (!device_starves || ring_waiting(&config->rx_free, pump->rx_free_taken) == 0);
+                   (!wants_buffers || ring_waiting(&config->rx_free, pump->rx_free_taken) == 0);
     if (nothing)
         wake_devices(pump);
     else

@@ -6,8 +6,8 @@ IDLE_SECONDS = 4.0
 """A guest that was silent and idle for so long while it booted hangs."""
 IDLE_SHARE = 0.1
 """Share of one processor below which a guest counts as idle."""
-FLOOD_BYTES = 1 << 19
-"""What no guest prints while it boots."""
+FLOOD_BYTES = 1 << 18
+"""What no guest prints while it boots: the whole log of a kernel, of which the console gets little, is 30 KiB."""
 LOOK_SECONDS = 0.25
 """How often it is to be looked at."""
 

@@ -51,7 +51,7 @@ def test_one_that_speaks_and_speaks_ends_with_the_time_there_is_at_all() -> None
 
 def test_one_that_floods_its_console() -> None:
     seconds, reason = told(used=lambda now: now, spoke=lambda now: now, printed=lambda now: int(now * FLOOD_BYTES / 5))
-    assert (seconds, reason) == (5.25, "it has flooded its console with 537 KiB")
+    assert (seconds, reason) == (5.25, "it has flooded its console with 268 KiB")
 
 
 def test_the_other_limits_are_within_the_time_there_is() -> None:

@@ -15,6 +15,9 @@ fail() {
 hundredths() {
     read -r now _ </proc/uptime
     now=${now%.*}${now#*.}
+    # In the first second it begins with zeroes, and would be octal.
+    now=${now#0}
+    now=${now#0}
 }
 
 # Disks are known by the serial that the host gave them: names such as vda depend on the order of probing.

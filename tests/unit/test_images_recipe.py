@@ -148,3 +148,17 @@ def test_recipes_that_are_like_each_other_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["init", "initrd.sh"])
 def test_the_guest_s_scripts_are_ones_that_a_shell_can_read(name: str) -> None:
     subprocess.run(["sh", "-n", str(IMAGES / name)], check=True)
+
+
+@pytest.mark.parametrize(
+    ("uptime", "hundredths"), [("0.00", 0), ("0.08", 8), ("0.98", 98), ("1.09", 109), ("9.99", 999), ("10.05", 1005)]
+)
+def test_the_time_since_boot_is_a_decimal_number(tmp_path: Path, uptime: str, hundredths: int) -> None:
+    """A guest that is up in its first second has zeroes in front."""
+    (tmp_path / "uptime").write_text(f"{uptime} 12.34\n")
+    script = (IMAGES / "initrd.sh").read_text()
+    function = script[script.index("hundredths() {") : script.index("# Disks are known")]
+    function = function.replace("/proc/uptime", str(tmp_path / "uptime"))
+    command = ["sh", "-euc", f'{function}\nhundredths; echo "$now $((now + 800))"']
+    said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert said == f"{hundredths} {hundredths + 800}\n"

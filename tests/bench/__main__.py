@@ -19,7 +19,7 @@ from tests.bench import machine, report
 from tests.bench.contest import LEAST_ROUNDS, Contest, Row, Series, Unavailable
 from tests.bench.native import CompilationFailed
 
-BENCHES = ("vhost", "port", "guest", "tcp", "cost", "harness")
+BENCHES = ("vhost", "port", "guest", "whole", "tcp", "cost", "harness")
 """Modules of this package. Each has `SUMMARY`, a line, and `contests(quick)`, which yields contests one by one,
 may keep a guest or a peer running between them, and raises Unavailable where it cannot go on."""
 QUICK = ("vhost", "port")  # a guest takes minutes

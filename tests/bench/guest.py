@@ -66,7 +66,7 @@ def contests(quick: bool) -> Iterator[Series]:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="netbridge-bench-")))
         wire = stack.enter_context(contextlib.closing(LoadWire()))
         try:
-            guest = stack.enter_context(_boot(directory, wire))
+            guest = stack.enter_context(boot_guest(directory, wire))
         except HarnessError as error:
             raise Unavailable(str(error).splitlines()[0]) from error
         drivers: dict[str, _Driver] = {
@@ -101,7 +101,8 @@ def contests(quick: bool) -> Iterator[Series]:
         raise Unavailable("; ".join(missing))
 
 
-def _boot(directory: Path, wire: LoadWire) -> Guest:
+def boot_guest(directory: Path, wire: LoadWire) -> Guest:
+    """The guest of this bench, with the programs that it wants in /run. Raises HarnessError."""
     image = ensure_image(Recipe.load(RECIPE))
     code = build_code_disk(image, CODE, directory / "code.img")
     guest = boot(

@@ -11,10 +11,11 @@ START_SECONDS, COMMAND_SECONDS = 120.0, 60.0
 
 
 class GuestTestpmd:
-    """Runs until quit(), or is killed when the block is left. Raises RuntimeError with its words when it ends."""
+    """Runs until quit(), or is killed when the block is left; `options` as its command line has them. Raises
+    RuntimeError with its words when it ends."""
 
-    def __init__(self, guest: Guest, address: str) -> None:
-        self._process = guest.start(self.words(address), stdin=True)
+    def __init__(self, guest: Guest, address: str, *options: str) -> None:
+        self._process = guest.start(self.words(address, *options), stdin=True)
         self._position = 0
         self._said = b""
         try:
@@ -24,11 +25,16 @@ class GuestTestpmd:
             raise
 
     @staticmethod
-    def words(address: str) -> list[str]:
+    def words(address: str, *options: str) -> list[str]:
         """Its command line, for one processor. It gets along without huge pages of a file, but not without any."""
         system = ["--lcores", "(0,1)@0", "--iova-mode", "va", "--no-telemetry", "-m", "128", "-a", address]
         own = ["--interactive", "--total-num-mbufs=8192", "--disable-link-check"]
-        return ["stdbuf", "-oL", "dpdk-testpmd", *system, "--", *own]
+        return ["stdbuf", "-oL", "dpdk-testpmd", *system, "--", *own, *options]
+
+    @property
+    def pid(self) -> int | None:
+        """Its process in the guest."""
+        return self._process.pid
 
     def tell(self, command: str) -> str:
         """Gives a command, and returns what was printed until the next prompt."""

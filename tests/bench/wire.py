@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Self
 
 from tests.bench import native
@@ -68,6 +68,30 @@ class LoadWire:
     def window(self, length: int, mac: str, seconds: float) -> float:
         """Frames a second that the guest sends back, 64 of them under way."""
         return self._figures("window", length, mac, round(1000 * seconds))[0]
+
+    def paced(self, length: int, mac: str, seconds: float, rate: float) -> float:
+        """Frames a second that the guest sends back, when `rate` of them a second are sent to it."""
+        return self._figures("paced", length, mac, round(1000 * seconds), round(rate))[0]
+
+    @contextlib.contextmanager
+    def first(self, length: int, mac: str, seconds: float) -> Iterator[Callable[[], float]]:
+        """A frame every few milliseconds, from now until one comes back. Yields what waits for it, and says when on
+        time.monotonic()'s clock it came; RuntimeError when none does in that time."""
+        words = self._words("first", length, mac, round(1000 * seconds))
+        with subprocess.Popen(
+            words, pass_fds=(self._ours.fileno(),), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        ) as load:
+
+            def came() -> float:
+                out, err = load.communicate(timeout=seconds + MOST_SECONDS)
+                if load.returncode:
+                    raise RuntimeError(f"wire_load first ended with {load.returncode}: {err.strip()}")
+                return int(out) / 1e9
+
+            try:
+                yield came
+            finally:
+                load.kill()
 
     def roundtrip(self, length: int, mac: str, seconds: float) -> tuple[float, float]:
         """p50 and p99 of one frame at a time there and back, microseconds."""

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+import socket
 import subprocess
+import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.bench import guest, machine, native, report
 from tests.bench.contest import Contest, Row, Unavailable, Work
+from tests.bench.wire import LoadWire
 
 
 @pytest.fixture(autouse=True)
@@ -129,3 +135,48 @@ def test_the_programs_of_the_kernels_sockets_compile_for_a_guest(
     monkeypatch.setattr(native, "OUT", tmp_path)
     built = native.build(program, flags=guest.FLAGS, libraries=libraries)
     assert subprocess.run([built], check=False).returncode == 2, "it did not ask for its arguments"
+
+
+@pytest.fixture
+def echoing_wire(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[LoadWire, threading.Event]]:
+    """A wire with somebody at the other end who sends everything back, once he may."""
+    monkeypatch.setattr(native, "OUT", tmp_path)
+    may, load = threading.Event(), LoadWire()
+    (fd,) = load.fds()
+    other = socket.socket(fileno=os.dup(fd))
+
+    def send_back() -> None:
+        may.wait()
+        while frame := other.recv(2048):  # nothing: it was shut down
+            other.send(frame)
+
+    thread = threading.Thread(target=send_back)
+    thread.start()
+    try:
+        yield load, may
+    finally:
+        may.set()
+        other.shutdown(socket.SHUT_RD)
+        thread.join()
+        other.close()
+        load.close()
+
+
+def test_the_first_answer_has_its_time(echoing_wire: tuple[LoadWire, threading.Event]) -> None:
+    load, may = echoing_wire
+    with load.first(64, guest.MAC, 20.0) as came:
+        begin = time.monotonic()
+        may.set()
+        assert begin < came() < time.monotonic()
+
+
+def test_nobody_who_answers_is_told(echoing_wire: tuple[LoadWire, threading.Event]) -> None:
+    load, _ = echoing_wire
+    with load.first(64, guest.MAC, 0.1) as came, pytest.raises(RuntimeError, match="no frame came back"):
+        came()
+
+
+def test_a_paced_load_is_no_more_than_it_should_be(echoing_wire: tuple[LoadWire, threading.Event]) -> None:
+    load, may = echoing_wire
+    may.set()
+    assert 1 < load.paced(64, guest.MAC, 0.3, 500) < 1000

@@ -3,6 +3,8 @@
  *     wire_load FD flood LENGTH MAC                      until it is killed
  *     wire_load FD sink MS                               frames/s that come, within a window of so many milliseconds
  *     wire_load FD window LENGTH MAC MS                  frames/s that come back, WINDOW of them under way
+ *     wire_load FD paced LENGTH MAC MS RATE              frames/s that come back, RATE a second sent
+ *     wire_load FD first LENGTH MAC MS                   a frame every few ms until one comes back: when, CLOCK_MONOTONIC in ns
  *     wire_load FD roundtrip LENGTH MAC MS               p50 and p99 of one frame at a time there and back, ns
  *
  * Every frame but the flood's bears a number that no earlier run has given out, so that what an earlier driver has left
@@ -20,7 +22,7 @@
 #include <sys/socket.h>
 #include <time.h>
 
-enum { LONGEST = 65536, WINDOW = 64, MOST = 1 << 20, SETTLE_MS = 300, GIVE_UP_MS = 200, NUMBER_AT = 14 };
+enum { LONGEST = 65536, WINDOW = 64, MOST = 1 << 20, SETTLE_MS = 300, GIVE_UP_MS = 200, KNOCK_MS = 5, NUMBER_AT = 14 };
 
 static int fd;
 static uint8_t frame[LONGEST], came[LONGEST];
@@ -114,6 +116,49 @@ static void echo_window(size_t length, int64_t ms, uint64_t first)
     printf("%.1f %llu\n", (double)count * 1e9 / (double)(now - begin), (unsigned long long)lost);
 }
 
+/* Frames that have come, which this run has sent: of those from `first` up to `next`. */
+static uint64_t take_ours(uint64_t first, uint64_t next)
+{
+    uint64_t number, count = 0;
+    while (take()) {
+        memcpy(&number, came + NUMBER_AT, sizeof(number));
+        count += number - first < next - first;
+    }
+    return count;
+}
+
+static void paced(size_t length, int64_t ms, uint64_t rate, uint64_t first)
+{
+    int64_t start = now_ns(), now = start;
+    uint64_t next = first, count = 0;
+    for (; now < start + ms * 1000000; now = now_ns()) {
+        uint64_t due = first + (uint64_t)((double)(now - start) * (double)rate / 1e9);
+        while (next < due && put(length, next))
+            next++;
+        await(POLLIN, 1);
+        count += take_ours(first, next);
+    }
+    printf("%.1f\n", (double)count * 1e9 / (double)(now - start));
+}
+
+static void first_answer(size_t length, int64_t ms, uint64_t first)
+{
+    int64_t end = now_ns() + ms * 1000000, knocked = 0, now = 0;
+    uint64_t next = first;
+    while ((now = now_ns()) < end) {
+        if (now - knocked >= KNOCK_MS * 1000000LL && put(length, next)) {
+            next++;
+            knocked = now;
+        }
+        if (await(POLLIN, KNOCK_MS) && take_ours(first, next)) {
+            printf("%lld\n", (long long)now_ns());
+            return;
+        }
+    }
+    fputs("no frame came back\n", stderr);
+    exit(1);
+}
+
 static int ascending(const void *left, const void *right)
 {
     uint64_t a = *(const uint64_t *)left, b = *(const uint64_t *)right;
@@ -173,6 +218,10 @@ int main(int argc, char **argv)
         echo_window(length, atoll(argv[5]), first);
     else if (!strcmp(what, "roundtrip") && argc == 6)
         roundtrip(length, atoll(argv[5]), first);
+    else if (!strcmp(what, "paced") && argc == 7)
+        paced(length, atoll(argv[5]), strtoull(argv[6], NULL, 10), first);
+    else if (!strcmp(what, "first") && argc == 6)
+        first_answer(length, atoll(argv[5]), first);
     else
         return 2;
     return 0;

@@ -43,6 +43,13 @@ def _kernel_log():
 _kernel_log()
 """
 
+# Until the kernel has noticed the carrier, a moment after the command has returned, the interface has a queueing
+# discipline that drops all there is (net/core/link_watch.c): what is asked of it is heard, and the answer lost.
+BRING_UP = """
+ip link set dev "$1" up || exit
+until ip -o link show dev "$1" | grep -q "state UP"; do sleep 0.02; done
+"""
+
 
 class Inside:
     """The verbs. Whoever inherits them has an `agent`, and knows whether the machine is `lost`."""
@@ -124,6 +131,11 @@ class Inside:
     def rebind(self, address: str, driver: str) -> str:
         """Give a PCI function to that driver, "" for none; returns the name of the one that it had."""
         return str(self.run(["sh", "-c", REBIND, "rebind", address, driver]).stdout.strip())
+
+    def bring_up(self, interface: str, timeout: float = 30.0) -> None:
+        """Have the kernel bring a network interface up; returns when what is sent by it goes out. Raises CommandFailed,
+        or CommandTimedOut where nothing is at its other end."""
+        self.run(["sh", "-c", BRING_UP, "bring_up", interface], timeout=timeout)
 
     def iommu_faults(self) -> list[str]:
         """The lines in which the kernel reports a DMA access that the IOMMU refused."""

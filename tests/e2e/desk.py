@@ -104,7 +104,7 @@ def set_up(guests: Session, here: Path) -> Iterator[Desk]:
 def serve_ssh(guest: Guest, here: Path) -> GuestProcess:
     interface = guest.run(["sh", "-c", "ls /sys/bus/pci/devices/*/virtio*/net | grep ^e | head -n 1"]).stdout.strip()
     guest.run(["ip", "address", "add", f"{BOX}/24", "dev", interface])
-    guest.run(["ip", "link", "set", interface, "up"])
+    guest.bring_up(interface)
     guest.put((here / "host_key").read_bytes(), "/run/box/host_key", 0o600)
     guest.put((here / "user_key.pub").read_bytes(), "/run/box/authorized_keys", 0o600)
     guest.put(SSHD_CONFIG.encode(), "/run/box/sshd_config")

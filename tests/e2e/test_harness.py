@@ -105,7 +105,8 @@ def test_a_flood_of_the_console_holds_nothing_up(guest: Guest) -> None:
 
 def test_frames_go_through_the_guests_own_driver(guest: Guest, wire: Wire) -> None:
     interface = guest.run(["sh", "-c", "ls /sys/bus/pci/devices/0000:01:00.0/virtio*/net"]).stdout.strip()
-    guest.run(["sh", "-c", f"ip addr add 10.9.8.1/24 dev {interface} && ip link set {interface} up"])
+    guest.run(["ip", "addr", "add", "10.9.8.1/24", "dev", interface])
+    guest.bring_up(interface)
     try:
         request = Ether(dst="ff:ff:ff:ff:ff:ff", src=HOST) / ARP(pdst="10.9.8.1", psrc="10.9.8.2", hwsrc=HOST)
         answer = wire.sr1(request, timeout=10, verbose=False)

@@ -20,7 +20,8 @@ IS_AT = 2  # the operation of an ARP reply (RFC 826)
 def interface(guest: Guest, address: str) -> str:
     """The kernel's name for the guest's first NIC, after it was given an address."""
     (name,) = guest.run(["sh", "-c", "ls /sys/bus/pci/devices/0000:01:00.0/virtio*/net"]).stdout.split()
-    guest.run(["sh", "-c", f"ip addr add {address} dev {name} && ip link set {name} up"])
+    guest.run(["ip", "addr", "add", address, "dev", name])
+    guest.bring_up(name)
     return name
 
 

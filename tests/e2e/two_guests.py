@@ -95,7 +95,7 @@ def pair(guests: Session, name: str, recipe: Path | None = None) -> Iterator[Pai
         interface = theirs.run(["sh", "-c", f"ls /sys/bus/pci/devices/{address}/virtio*/net"]).stdout.strip()
         for each in (f"{THEIRS}/24", f"{THEIRS_6}/64"):
             theirs.run(["ip", "address", "add", each, "dev", interface, *(["nodad"] if ":" in each else [])])
-        theirs.run(["ip", "link", "set", interface, "up"])
+        theirs.bring_up(interface)
         acquaint(theirs, interface, (OURS, OURS_6), OURS_MAC)
         ours.put(testbed.manifest(testbed.nics(ours)[0][0]).encode(), testbed.MANIFEST)
         run = testbed.netbridge("run", testbed.MANIFEST, "--json")

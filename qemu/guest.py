@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import re
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -132,6 +133,7 @@ def boot(
     """
     artefacts = artefacts.absolute()
     artefacts.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(artefacts / "cores", ignore_errors=True)  # an earlier guest's; all else is written anew
     choice = accelerators.choose_accelerator(accel, kernel=image.kernel)
     disks = [Disk(image.root.absolute(), "root")]
     if code is not None:

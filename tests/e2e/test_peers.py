@@ -25,7 +25,6 @@ def interface(guest: Guest, address: str) -> str:
     return name
 
 
-@pytest.mark.thorough
 @pytest.mark.guest_with(queue_pairs=2, offloads=True, cpus=2)  # Linux uses as many pairs as it has processors
 def test_the_host_s_kernel_as_peer_with_two_queue_pairs_and_offloads(guest: Guest, tap: Tap) -> None:
     name = interface(guest, "10.9.8.1/24")

@@ -1,6 +1,6 @@
 """What a whole driver takes of its machine: memory, processor time at several loads, and the time to its first frame.
 
-    wire_load (host) ═══ QEMU's virtio-net ═══ Net-Bridge and its echo service
+    wire_load (host) ═══ QEMU's virtio-net ═══ Net-Bridge and the C library's example of an echo
                                                or DPDK's testpmd on vfio-pci (macswap)
                                                or the kernel's driver with AF_PACKET in C
 
@@ -24,8 +24,9 @@ from pathlib import Path
 
 from qemu.errors import HarnessError
 from qemu.guest import Guest
+from tests.bench import native
 from tests.bench.contest import Pair, Series, Unavailable
-from tests.bench.guest import LENGTH, MAC, TALLY, boot_guest
+from tests.bench.guest import CLIENT, CORE, FLAGS, LENGTH, LIBRARY, MAC, TALLY, boot_guest
 from tests.bench.guest_testpmd import GuestTestpmd
 from tests.bench.wire import LoadWire
 from tests.e2e import testbed
@@ -174,19 +175,20 @@ class _Netbridge(_Driver):
     def __init__(self, guest: Guest, directory: Path) -> None:
         super().__init__(guest)
         self._directory = directory
-        self.command = f"{' '.join(testbed.netbridge('run', 'vnode.yml'))} & python3 -m netbridge.services.echo"
+        self.command = f"{' '.join(testbed.netbridge('run', 'vnode.yml'))} & /run/echo"
+        flags = (*FLAGS, f"-I{CLIENT}", f"-I{CORE}")
+        guest.put(native.build("echo", where=CLIENT / "examples", sources=LIBRARY, flags=flags), "/run/echo", 0o755)
         guest.put(testbed.manifest(self._pci, mem_mb=MEMORY_MB).encode(), testbed.MANIFEST)
 
     @contextmanager
     def serving(self) -> Iterator[None]:
         command = testbed.netbridge("run", testbed.MANIFEST, "--json")
-        with (
-            self._guest.start(command, log=self._directory / "driver.log") as self._process,
-            testbed.start_echo(self._guest, self._directory / "echo.log") as echo,
-        ):
-            testbed.wait_for_line(self._process, r" serving ")
-            yield
-            testbed.end(echo)
+        with self._guest.start(command, log=self._directory / "driver.log") as self._process:
+            testbed.wait_for_line(self._process, r" up ")
+            with self._guest.start(["/run/echo"], user=testbed.SERVICE_USER, log=self._directory / "echo.log") as echo:
+                testbed.wait_for_line(self._process, r" serving ")
+                yield
+                testbed.end(echo)
             testbed.end(self._process)
 
     def settle(self) -> None:

@@ -16,9 +16,17 @@ class CompilationFailed(RuntimeError):
     """The compiler's words."""
 
 
-def build(name: str, *, sources: Sequence[Path] = (), flags: Sequence[str] = (), libraries: Sequence[str] = ()) -> Path:
-    """Compiles NAME.c of this directory with the other `sources` and returns the program. Raises CompilationFailed."""
-    files = [HERE / f"{name}.c", *sources]
+def build(
+    name: str,
+    *,
+    where: Path = HERE,
+    sources: Sequence[Path] = (),
+    flags: Sequence[str] = (),
+    libraries: Sequence[str] = (),
+) -> Path:
+    """Compiles NAME.c of the directory `where` with the other `sources` and returns the program. Raises
+    CompilationFailed."""
+    files = [where / f"{name}.c", *sources]
     words = [*FLAGS, *flags, *(str(file) for file in files), *libraries]
     folders = [HERE, *(Path(word[2:]) for word in flags if word.startswith("-I"))]
     inputs = files + sorted(header for folder in folders for header in folder.glob("*.h"))

@@ -80,9 +80,8 @@
 bool client_doorbell, driver_doorbell;
 #ifdef INTX
 bool intx_fd, line, masked;
-#else
-bool rx_irq, tx_irq;
 #endif
+bool rx_irq, tx_irq;        /* INTX: unused, but Spin wants them declared */
 byte controls = CONTROLS;   /* and looks at the file descriptors while awake */
 
 /* What nobody reads but the properties. */
@@ -145,20 +144,28 @@ end_idle:
 
 /* ---- The driver ----------------------------------------------------------------------------------------------- */
 
-inline wake_client() {
+inline look_at_wish(tell, ring_number) {
+    atomic { tell = false };
     fence_store_load(PUMP);
-    load_once(PUMP, WAKE + RX_ACTIVE, got);
+    load_once(PUMP, WAKE + ring_number, got);
     if
-    :: got -> store_once(PUMP, WAKE + RX_ACTIVE, 0); ring = true
+    :: got -> store_once(PUMP, WAKE + ring_number, 0); ring = true
     :: else -> skip
     fi;
-    fence_store_load(PUMP);
-    load_once(PUMP, WAKE + TX_DONE, got);
+    got = 0
+}
+
+/* pump_wake_client, or with `soon` pump_wake_client_soon: then buffers may wait, whatever the reason. */
+inline wake_client(soon) {
     if
-    :: got -> store_once(PUMP, WAKE + TX_DONE, 0); ring = true
+    :: tell_frames -> look_at_wish(tell_frames, RX_ACTIVE)
     :: else -> skip
     fi;
-    got = 0;
+    if
+    :: tell_buffers -> look_at_wish(tell_buffers, TX_DONE)
+    :: tell_buffers && soon -> skip
+    :: else -> skip
+    fi;
     if
     :: ring -> atomic { all_stores_done(PUMP); driver_doorbell = true; ring = false }
     :: else -> skip
@@ -188,7 +195,6 @@ inline receive() {
             rx_used_taken = rx_used_taken + PIECES;
             in_rx_queue = in_rx_queue - PIECES;
             moved = true;
-            to_tell = true;
             if
             :: lent + PIECES > RX_LIMIT -> free = free + PIECES; dropped++
             :: else -> lent = lent + PIECES; rx_active_put = rx_active_put + PIECES; publish = true
@@ -198,7 +204,7 @@ inline receive() {
         got = 0
     };
     if
-    :: publish -> store_release(PUMP, RX_ACTIVE, rx_active_put); publish = false
+    :: publish -> store_release(PUMP, RX_ACTIVE, rx_active_put); publish = false; tell_frames = true
     :: else -> skip
     fi
 }
@@ -214,7 +220,7 @@ inline complete() {
             got = 0;
             moved = true;
 #ifndef MUTANT_COMPLETIONS_TELL_NOBODY
-            to_tell = true
+            tell_buffers = true
 #endif
         };
         store_release(PUMP, TX_DONE, tx_done_put)
@@ -337,20 +343,20 @@ inline ask_for_wakeup() {
 #define READY (client_doorbell || rx_irq || tx_irq)
 #endif
 
-/* epoll_wait's answer is a snapshot, and takes the edge; interrupts are eventfds that are read afterwards. */
+/* epoll_wait's answer is a snapshot, and takes the edges; INTx is an eventfd that is read afterwards. */
 inline look_at_fds() {
     atomic {
         client_doorbell = false;
 #ifdef INTX
-        heard_rx = intx_fd;
+        heard = intx_fd
 #else
-        heard_rx = rx_irq;
-        heard_tx = tx_irq
+        rx_irq = false;
+        tx_irq = false
 #endif
     };
 #ifdef INTX
     if
-    :: heard_rx ->
+    :: heard ->
 #ifdef MUTANT_UNMASK_THEN_CLEAR
         line = false;
         atomic { masked = false; if :: line -> masked = true; intx_fd = true :: else -> skip fi };
@@ -365,18 +371,11 @@ inline look_at_fds() {
         atomic { masked = false; if :: line -> masked = true; intx_fd = true :: else -> skip fi };
 #endif
 #endif
-        heard_rx = false
+        heard = false
     :: else -> skip
     fi
 #else
-    if
-    :: heard_rx -> rx_irq = false; heard_rx = false
-    :: else -> skip
-    fi;
-    if
-    :: heard_tx -> tx_irq = false; heard_tx = false
-    :: else -> skip
-    fi
+    skip
 #endif
 }
 
@@ -384,14 +383,18 @@ proctype pump() {
     byte free = RX_BUFFERS, lent, in_rx_queue, in_tx_queue;
     byte rx_active_put, tx_done_put, rx_free_taken, tx_active_taken, rx_used_taken, tx_used_taken, rx_avail, tx_avail;
     byte got;
-    bool moved, to_tell, publish, ring, found, starves, room, heard_rx, heard_tx;
+    bool moved, tell_frames, tell_buffers, publish, ring, found, starves, room;
+#ifdef INTX
+    bool heard;
+#endif
 
     /* nb_pump_prime */
     refill();
     tx_done_put = TX_BUFFERS;
     store_release(PUMP, TX_DONE, tx_done_put);
 #ifndef MUTANT_PRIME_TELLS_NOBODY
-    wake_client();
+    tell_buffers = true;
+    wake_client(false);
 #endif
     stop_asking();
     do
@@ -402,10 +405,7 @@ proctype pump() {
         take_back();
         receive();
         complete();
-        if
-        :: to_tell -> to_tell = false; wake_client()
-        :: else -> skip
-        fi;
+        wake_client(true);
         refill();
         transmit();
         assert(free + lent + in_rx_queue == RX_BUFFERS);
@@ -413,6 +413,9 @@ proctype pump() {
         if
         :: moved -> moved = false
         :: else ->
+#ifndef MUTANT_SLEEPS_BEFORE_IT_HAS_TOLD
+            wake_client(false);
+#endif
             ask_for_wakeup();
             if
             :: found -> found = false

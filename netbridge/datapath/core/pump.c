@@ -71,7 +71,7 @@ static int run_round(struct nb_pump *pump)
     /* Before the slower half: the client works while we refill and send. After a fault as well: what came before it has
      * been published, and who sleeps was promised a doorbell for that. */
     if (collected)
-        pump_wake_client(pump);
+        pump_wake_client_soon(pump);
     if (collected < 0)
         return collected;
     refill(pump);
@@ -82,14 +82,9 @@ static int run_round(struct nb_pump *pump)
 /* Before Python is asked, which may end the session: what was sent by now counts as sent, whatever woke us beside it. */
 static void settle(struct nb_pump *pump)
 {
-    int completed = 0;
-    for (uint32_t i = 0; i < pump->config.pair_count; i++) {
-        int done;
-        while ((done = pump_complete(pump, &pump->pairs[i])) > 0)
-            completed += done;
-    }
-    if (completed)
-        pump_wake_client(pump);
+    for (uint32_t i = 0; i < pump->config.pair_count; i++)
+        while (pump_complete(pump, &pump->pairs[i]) > 0)
+            ;
 }
 
 static void report(struct nb_pump *pump, int verdict, struct nb_pump_result *result)
@@ -135,24 +130,27 @@ void nb_pump_run(struct nb_pump *pump, struct nb_pump_result *result)
             nb_histogram_add(drain, now_ns() - woken_at);
             woken_at = 0;
         }
-        /* What the client does with what it was just given is there when we are back: it need not wake us for that.
-         * Once: Linux 6.12 moves our deadline a slice further with each yield, and whoever else has work would have the
-         * processor for as long. */
-        if (pump->config.yields && !has_yielded) {
+        /* What the client does with what it was just given is there when we are back: it need not wake us for that. Once, for
+         * it may not be its turn, and Linux 6.12 puts our deadline off by a slice with each yield. Then we sleep, whether or
+         * not we would poll: as long as we have the processor, nothing comes from the client. */
+        bool client_wants_processor = pump->config.yields && pump_client_is_awake(pump);
+        if (client_wants_processor && !has_yielded) {
             has_yielded = true;
             sched_yield();
             continue;
         }
-        if (pump->polling.most_ns && !pump->holds_back) {
+        if (pump->polling.most_ns && !pump->holds_back && !client_wants_processor) {
             uint64_t now = now_ns();
             if (!idle_since)
                 idle_since = now;
             if (now - idle_since < pump->polling.now_ns) {
-                cpu_relax();
+                /* On the only processor there is nobody to relax for; and an emulator takes a pause for a reason to stop. */
+                if (!pump->config.yields)
+                    cpu_relax();
                 continue;
             }
         }
-        if (!pump_ask_for_wakeup(pump))
+        if (pump_wake_client(pump) || !pump_ask_for_wakeup(pump))
             continue;
         verdict = pump_look_for_stall(pump, &timeout_ms);
         if (verdict < 0)
@@ -166,6 +164,7 @@ void nb_pump_run(struct nb_pump *pump, struct nb_pump_result *result)
     }
     if (verdict == NB_EVENT_CONTROL)
         settle(pump);
+    pump_wake_client(pump);
     report(pump, verdict, result);
 }
 

@@ -87,6 +87,9 @@ struct nb_pump {
     uint32_t rx_free_taken;
     uint32_t tx_active_taken;
     uint32_t tx_done_put;
+    uint32_t rx_active_told; /* up to where it is known whether the client had to be woken */
+    uint32_t tx_done_told;
+    uint32_t client_left_asking; /* wishes that it had besides the one for which it was last woken */
     uint32_t turn;       /* which pair goes first; moves on with every round */
     uint32_t rx_share;   /* chains a pair's RX queue may hold, so that there are buffers for the others too */
     uint8_t rx_flags;    /* of a received frame's first entry: NB_HEADER if the session has offloads there */
@@ -143,7 +146,12 @@ bool pump_can_transmit(const struct nb_pump *pump);
 
 /* wake.c */
 int pump_watch_fds(struct nb_pump *pump);
-void pump_wake_client(struct nb_pump *pump);
+/* Wakes the client if it waits for something that has been published since it was last looked at. Whether it was woken. */
+bool pump_wake_client(struct nb_pump *pump);
+/* The same, but not necessarily for buffers as long as more are to come: before sleeping, or returning, tell it all. */
+void pump_wake_client_soon(struct nb_pump *pump);
+/* It has not asked to be woken since it last was: it works, or wants the processor to. As far as can be known. */
+bool pump_client_is_awake(const struct nb_pump *pump);
 void pump_stop_asking(struct nb_pump *pump);
 bool pump_ask_for_wakeup(struct nb_pump *pump);
 int pump_look_at_fds(struct nb_pump *pump, int timeout_ms);

@@ -22,14 +22,46 @@ static void account_client_wakeup(struct nb_pump *pump, uint64_t now)
     pump->doorbell_ns = 0;
 }
 
-void pump_wake_client(struct nb_pump *pump)
+/* Whether the client waits for what was published since it was last looked at. It is not woken for anything else: what was
+ * there before, it saw when it looked once more. */
+static bool has_news(const struct nb_ring_place *ring, uint32_t put, uint32_t *told)
 {
-    bool for_frames = ring_must_wake(&pump->config.rx_active);
-    bool for_buffers = ring_must_wake(&pump->config.tx_done);
+    if (put == *told)
+        return false;
+    *told = put;
+    return ring_must_wake(ring);
+}
+
+/* One processor, which the client would have for the first buffer that comes back and want again for the next: as long as
+ * the device has more to send than has come back, it can wait for more. */
+static bool buffers_can_wait(const struct nb_pump *pump)
+{
+    if (!pump->config.yields || !pump->polling.now_ns)
+        return false;
+    uint32_t in_flight = 0;
+    for (uint32_t i = 0; i < pump->config.pair_count; i++)
+        in_flight += virtqueue_in_flight(pump->pairs[i].tx_queue);
+    return in_flight > pump->tx_done_put - pump->tx_done_told;
+}
+
+/* What the client asks to be woken for: 1 frames, 2 buffers. */
+static uint32_t wishes(const struct nb_pump *pump)
+{
+    return (load_once_32(&pump->config.rx_active.header->wake) ? 1 : 0) |
+           (load_once_32(&pump->config.tx_done.header->wake) ? 2 : 0);
+}
+
+static bool wake_client(struct nb_pump *pump, bool for_buffers_too)
+{
+    bool news = pump->rx_active_put != pump->rx_active_told || pump->tx_done_put != pump->tx_done_told;
+    bool for_frames = has_news(&pump->config.rx_active, pump->rx_active_put, &pump->rx_active_told);
+    bool for_buffers =
+        (for_frames || for_buffers_too) && has_news(&pump->config.tx_done, pump->tx_done_put, &pump->tx_done_told);
     if (!for_frames && !for_buffers) {
-        count(&pump->config.counters->wakeups_suppressed, 1);
-        return;
+        count(&pump->config.counters->wakeups_suppressed, news);
+        return false;
     }
+    pump->client_left_asking = wishes(pump);
     uint64_t now = now_ns();
     account_client_wakeup(pump, now);
     if (for_frames)
@@ -37,7 +69,13 @@ void pump_wake_client(struct nb_pump *pump)
     store_once_64(&pump->config.rx_active.header->doorbell_ns, now);
     doorbell_ring(pump->config.driver_doorbell_fd);
     count(&pump->config.counters->wakeups_sent, 1);
+    return true;
 }
+
+bool pump_wake_client(struct nb_pump *pump) { return wake_client(pump, true); }
+void pump_wake_client_soon(struct nb_pump *pump) { wake_client(pump, !buffers_can_wait(pump)); }
+
+bool pump_client_is_awake(const struct nb_pump *pump) { return !(wishes(pump) & ~pump->client_left_asking); }
 
 /* ---- Going to sleep ------------------------------------------------------------------------------------------- */
 
@@ -126,10 +164,8 @@ int pump_look_at_fds(struct nb_pump *pump, int timeout_ms)
         return errno == EINTR ? 0 : -errno;
     int event = 0;
     for (int i = 0; i < ready; i++) {
-        int fd = (int)(events[i].data.u64 >> 32);
-        switch ((enum source)(events[i].data.u64 & 0xff)) {
-        case SOURCE_QUEUE:
-            doorbell_clear(fd);
+        switch ((enum source)events[i].data.u32) {
+        case SOURCE_QUEUE: /* never read: see watch() */
             count(&pump->config.counters->interrupts, 1);
             break;
         case SOURCE_INTX:
@@ -137,7 +173,7 @@ int pump_look_at_fds(struct nb_pump *pump, int timeout_ms)
             if (acknowledge_intx(pump))
                 event = NB_EVENT_CONFIG;
             break;
-        case SOURCE_DOORBELL: /* edge-triggered, never read: see watch() */
+        case SOURCE_DOORBELL: /* never read: see watch() */
             break;
         case SOURCE_CONTROL:
             /* A configuration change goes first: the ISR has forgotten it, control_fd will still be readable. */
@@ -152,10 +188,10 @@ static int watch(struct nb_pump *pump, int fd, enum source source)
 {
     if (fd < 0)
         return 0;
-    struct epoll_event event = {.events = EPOLLIN, .data.u64 = (uint64_t)(uint32_t)fd << 32 | source};
-    /* The client shares the doorbell's open file description: it could make it blocking and empty it under our hands. So
-     * the doorbell is never read; each ring is an edge. */
-    if (source == SOURCE_DOORBELL)
+    struct epoll_event event = {.events = EPOLLIN, .data.u32 = source};
+    /* Each ring of an eventfd is an edge, so it need not be read: a system call less for each interrupt. And the client
+     * shares its doorbell's open file description: it could make it blocking, and empty it under our hands. */
+    if (source == SOURCE_QUEUE || source == SOURCE_DOORBELL)
         event.events |= EPOLLET;
     /* A device with few vectors has one for several queues. */
     return epoll_ctl(pump->epoll_fd, EPOLL_CTL_ADD, fd, &event) == 0 || errno == EEXIST ? 0 : -1;

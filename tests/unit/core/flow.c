@@ -1,9 +1,11 @@
 /* Frames through the pump one step at a time: no threads, every count exact. */
 #include "check.h"
+#include "ledger.h"
 #include "traffic.h"
 #include "white_box.h"
 #include "world.h"
 
+#include <sched.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
@@ -359,6 +361,74 @@ TEST(one_doorbell_for_one_sleep)
     world_close(&world);
 }
 
+/* Buffers that come back are none of the business of a client that waits for frames. */
+TEST(nobody_is_woken_for_what_he_does_not_wait_for)
+{
+    struct world world;
+    world_open(&world, (struct world_config){0});
+    world.client.rx_active.header->wake = 1;
+    for (uint64_t i = 0; i < 10; i++) {
+        send_one(&world, i, 60);
+        world_pump_idle(&world);
+        transmit_one(&world, i, 60);
+        world_pump_idle(&world);
+    }
+    CHECK_EQ(nb_ledger_owned(world.tx_ledger, NB_OWNER_CLIENT), 64);
+    CHECK(!is_rung(world.client.driver_doorbell_fd));
+    CHECK_EQ(world.client.rx_active.header->wake, 1);
+    deliver(&world, 0, 60);
+    world_pump_idle(&world);
+    CHECK(is_rung(world.client.driver_doorbell_fd));
+    world_close(&world);
+}
+
+static void await_count(const uint32_t *word, uint32_t value)
+{
+    for (double until = seconds_now() + 20; __atomic_load_n(word, __ATOMIC_ACQUIRE) != value; sched_yield())
+        if (seconds_now() > until)
+            FAIL("a count is %u, not %u", __atomic_load_n(word, __ATOMIC_ACQUIRE), value);
+}
+
+/* One processor: the client sleeps on until as many buffers came back as the device still has. */
+TEST(on_one_processor_a_client_is_woken_for_many_buffers)
+{
+    struct world world;
+    world_open(&world, (struct world_config){.yields = true, .spin_ns = 4000000000});
+    const uint32_t *done = &world.client.tx_done.header->produced;
+    uint32_t before = *done;
+    for (uint64_t i = 0; i < 4; i++)
+        send_one(&world, i, 60);
+    world.client.tx_done.header->wake = 1;
+    world_start_pump(&world);
+    await_count(&world.client.tx_active.header->consumed, 4);
+    transmit_one(&world, 0, 60);
+    await_count(done, before + 1);
+    deliver(&world, 0, 60); /* seen a round later, so the pump has decided whether to ring */
+    await_count(&world.client.rx_active.header->produced, 1);
+    CHECK(!is_rung(world.client.driver_doorbell_fd));
+    transmit_one(&world, 1, 60);
+    await_count(&world.client.tx_done.header->wake, 0);
+    CHECK_EQ(*done, before + 2);
+    world_stop_pump(&world);
+    CHECK(is_rung(world.client.driver_doorbell_fd));
+    world_close(&world);
+}
+
+/* Before it returns, and before it sleeps, it has told everything. */
+TEST(on_one_processor_no_client_sleeps_for_buffers_that_are_there)
+{
+    struct world world;
+    world_open(&world, (struct world_config){.yields = true, .spin_ns = 1000000});
+    for (uint64_t i = 0; i < 4; i++)
+        send_one(&world, i, 60);
+    world_pump_idle(&world);
+    world.client.tx_done.header->wake = 1;
+    transmit_one(&world, 0, 60);
+    world_pump_idle(&world);
+    CHECK(is_rung(world.client.driver_doorbell_fd));
+    world_close(&world);
+}
+
 /* Poll after enabling: what came before the pump asked for a wake-up will wake nobody, so it looks once more. */
 TEST(pump_looks_once_more_before_it_sleeps)
 {
@@ -397,12 +467,15 @@ TEST(priming_wakes_a_client_that_waits_for_a_buffer)
 {
     struct world world;
     world_open(&world, (struct world_config){0});
-    struct nb_pump *again = nb_pump_new(&world.pump_config);
+    struct nb_pump_config config = world.pump_config;
+    config.tx_ledger = nb_ledger_new(&world.tx_ledger->region);
+    struct nb_pump *again = nb_pump_new(&config);
     CHECK(again != NULL);
     world.client.tx_done.header->wake = 1;
     nb_pump_prime(again);
     CHECK(is_rung(world.client.driver_doorbell_fd));
     nb_pump_free(again);
+    nb_ledger_free(config.tx_ledger);
     world_close(&world);
 }
 

@@ -34,6 +34,7 @@ void white_box_start_at(struct nb_pump *pump, uint32_t ring_position, uint16_t q
     for (int i = 0; i < 4; i++)
         places[i]->header->produced = places[i]->header->consumed = ring_position;
     pump->rx_active_put = pump->rx_free_taken = pump->tx_active_taken = pump->tx_done_put = ring_position;
+    pump->rx_active_told = pump->tx_done_told = ring_position;
     for (uint32_t i = 0; i < pump->config.pair_count; i++) {
         start_queue_at(pump->pairs[i].rx_queue, queue_index);
         start_queue_at(pump->pairs[i].tx_queue, queue_index);
@@ -46,6 +47,8 @@ void white_box_stop_asking(struct nb_pump *pump) { pump_stop_asking(pump); }
 bool white_box_hand_over_and_wake(struct nb_pump *pump, uint32_t produced)
 {
     uint64_t sent = pump->config.counters->wakeups_sent;
+    pump->rx_active_put = produced;
+    pump->rx_active_told = produced - 1;
     ring_publish(&pump->config.rx_active, produced);
     pump_wake_client(pump);
     return pump->config.counters->wakeups_sent != sent;

@@ -23,6 +23,10 @@ VALUES: Mapping[str, Sequence[str]] = {
 }
 """The dimensions that are one of a few words."""
 
+UNSAFE_INTERRUPTS = ("vfio_iommu_type1.allow_unsafe_interrupts=1", "iommufd.allow_unsafe_interrupts=1")
+"""For the kernel of a guest whose IOMMU does not remap interrupts: VFIO, by a container or by iommufd, wants to be
+told that this is known. Nobody in such a guest is to be protected from anybody."""
+
 
 class UnknownDimension(ValueError):
     """A dimension, or a value of one, that there is not; the message says what is nearest."""
@@ -124,8 +128,7 @@ class Dimensions:
         )
         words = list(self.words)
         if (self.iommu or DEFAULT_IOMMU[self.machine]) == "virtio":
-            # There is no interrupt remapping there, so VFIO wants to be told that this is known.
-            words.insert(0, "vfio_iommu_type1.allow_unsafe_interrupts=1")
+            words = [*UNSAFE_INTERRUPTS, *words]
         return {
             "machine": self.machine,
             "iommu": self.iommu,

@@ -23,6 +23,7 @@ from scapy.layers.l2 import ARP, Ether
 from scapy.utils import PcapNgReader
 
 from qemu.completed import CommandTimedOut
+from qemu.dimensions import UNSAFE_INTERRUPTS
 from qemu.errors import GuestLost
 from qemu.guest import Guest, Nic
 from qemu.remote import RemoteTests
@@ -326,8 +327,7 @@ def test_a_shell_at_the_moment_of_failure(artefacts: Path, request: pytest.Fixtu
 
 
 def test_function_00_1f_0_with_irq_11(guests: Session) -> None:
-    words = ["vfio_iommu_type1.allow_unsafe_interrupts=1"]
-    with guests.boot("pc", nics=[Nic()], machine="pc", append=words, accel="tcg") as guest:
+    with guests.boot("pc", nics=[Nic()], machine="pc", append=UNSAFE_INTERRUPTS, accel="tcg") as guest:
         device = "/sys/bus/pci/devices/0000:00:1f.0"
         assert guest.run(["cat", f"{device}/device"]).stdout.strip() == "0x1041"
         assert guest.get(f"{device}/config")[0x3C] == 11

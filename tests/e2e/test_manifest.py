@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from netbridge.vnode.capabilities import MIB
+from qemu.dimensions import UNSAFE_INTERRUPTS
 from qemu.guest import Guest, Nic
 from qemu.session import Session
 from tests.e2e import testbed
@@ -25,14 +26,12 @@ pytestmark = pytest.mark.thorough
 PCI = "0000:00:1f.0"
 PACKAGED = "netbridge/vnode/net-bridge/vnode.yml"
 PRINTED = "0810ba7c63272d15f981b6ac88d1668055a244b12b7510c551672b62f63ddb07"
-# VFIO asks for it where interrupts are not remapped; nobody in this guest is to be protected from anybody.
-UNSAFE_INTERRUPTS = "vfio_iommu_type1.allow_unsafe_interrupts=1"
 REPLY_SECONDS = 30.0
 
 
 @pytest.fixture(scope="module")
 def pc(guests: Session) -> Iterator[Guest]:
-    with guests.boot("printed-manifest", nics=[Nic()], machine="pc", append=[UNSAFE_INTERRUPTS]) as guest:
+    with guests.boot("printed-manifest", nics=[Nic()], machine="pc", append=UNSAFE_INTERRUPTS) as guest:
         yield guest
 
 

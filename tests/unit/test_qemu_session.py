@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from qemu import capabilities, flakes, timing
-from qemu.dimensions import Dimensions, UnknownDimension
+from qemu.dimensions import UNSAFE_INTERRUPTS, Dimensions, UnknownDimension
 from qemu.errors import GuestPanicked
 from qemu.pytest_summary import phases, summary
 from qemu.session import Booted, Session
@@ -62,7 +62,7 @@ def test_what_the_nic_offers_is_what_was_pinned() -> None:
     assert properties(queue_pairs=4) == {"mq": "on", "vectors": 10}
     assert properties(queue_pairs=4, irq="intx", ring="packed") == {"packed": "on", "mq": "on", "vectors": 0}
     assert Dimensions().boot_options()["append"] == []
-    assert Dimensions(iommu="virtio").boot_options()["append"] == ["vfio_iommu_type1.allow_unsafe_interrupts=1"]
+    assert Dimensions(iommu="virtio").boot_options()["append"] == list(UNSAFE_INTERRUPTS)
     assert [Dimensions(**pins).needs_tap for pins in ({}, {"queue_pairs": 2}, {"offloads": True})] == [
         False,
         True,
@@ -79,7 +79,7 @@ def test_what_guests_are_made_of() -> None:
     assert [nic.id for nic in made["nics"]] == ["nic0", "nic1"]
     assert made["nics"][1].properties["packed"] == "on"
     assert made["nics"][0].rx_queue_size == made["nics"][0].tx_queue_size == 1024
-    assert made["append"] == ["vfio_iommu_type1.allow_unsafe_interrupts=1", "a"]
+    assert made["append"] == [*UNSAFE_INTERRUPTS, "a"]
     assert made["extra_args"] == ["-device", "edu"]
 
 

@@ -272,3 +272,17 @@ def test_a_guest_that_panics_while_it_boots_is_booted_once_more(
     with pytest.raises(GuestPanicked):
         Session._boot(session, None, tmp_path, {})  # type: ignore[arg-type]
     assert len(tries) == 5
+
+
+def test_the_end_of_a_guest_s_init_is_no_slip_of_the_emulation(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    tries: list[int] = []
+
+    def boot(*_: object, **__: object) -> str:
+        tries.append(1)
+        raise GuestPanicked("guest panicked: Kernel panic - not syncing: Attempted to kill init! exitcode=0x00000200")
+
+    monkeypatch.setattr("qemu.session.boot", boot)
+    session: Any = SimpleNamespace(panics=[], say=lambda _: None)
+    with pytest.raises(GuestPanicked):
+        Session._boot(session, None, tmp_path, {})  # type: ignore[arg-type]
+    assert len(tries) == 1

@@ -63,12 +63,7 @@ RATES = ("receive", "transmit", "echo")
 
 def contests(quick: bool) -> Iterator[Series]:
     with ExitStack() as stack:
-        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="netbridge-bench-")))
-        wire = stack.enter_context(contextlib.closing(LoadWire()))
-        try:
-            guest = stack.enter_context(boot_guest(directory, wire))
-        except HarnessError as error:
-            raise Unavailable(str(error).splitlines()[0]) from error
+        directory, wire, guest = stack.enter_context(guest_on_wire())
         drivers: dict[str, _Driver] = {
             INTERRUPTS: _Netbridge(guest, directory, spin_us=0),
             POLLING: _Netbridge(guest, directory, spin_us=SPIN_US),
@@ -101,8 +96,21 @@ def contests(quick: bool) -> Iterator[Series]:
         raise Unavailable("; ".join(missing))
 
 
-def boot_guest(directory: Path, wire: LoadWire) -> Guest:
-    """The guest of this bench, with the programs that it wants in /run. Raises HarnessError."""
+@contextmanager
+def guest_on_wire() -> Iterator[tuple[Path, LoadWire, Guest]]:
+    """A directory for what is left of it, the load at the other end of its NIC, and the guest, with the programs that
+    it wants in /run. Raises Unavailable."""
+    with ExitStack() as stack:
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="netbridge-bench-")))
+        wire = stack.enter_context(contextlib.closing(LoadWire()))
+        try:
+            guest = stack.enter_context(_boot(directory, wire))
+        except HarnessError as error:
+            raise Unavailable(str(error).splitlines()[0]) from error
+        yield directory, wire, guest
+
+
+def _boot(directory: Path, wire: LoadWire) -> Guest:
     image = ensure_image(Recipe.load(RECIPE))
     code = build_code_disk(image, CODE, directory / "code.img")
     guest = boot(

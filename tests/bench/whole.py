@@ -12,13 +12,11 @@ is the guest's processor, as the host accounts it: so it is whoever used it, in 
 
 from __future__ import annotations
 
-import contextlib
 import re
-import tempfile
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -26,7 +24,7 @@ from qemu.errors import HarnessError
 from qemu.guest import Guest
 from tests.bench import native
 from tests.bench.contest import Pair, Series, Unavailable
-from tests.bench.guest import CLIENT, CORE, FLAGS, LENGTH, LIBRARY, MAC, TALLY, boot_guest
+from tests.bench.guest import CLIENT, CORE, FLAGS, LENGTH, LIBRARY, MAC, TALLY, guest_on_wire
 from tests.bench.guest_testpmd import GuestTestpmd
 from tests.bench.wire import LoadWire
 from tests.e2e import testbed
@@ -43,13 +41,7 @@ FASTER_START, LEAST_IDLE = 1.0, 1e-4
 
 def contests(quick: bool) -> Iterator[Series]:
     del quick
-    with ExitStack() as stack:
-        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="netbridge-bench-")))
-        wire = stack.enter_context(contextlib.closing(LoadWire()))
-        try:
-            guest = stack.enter_context(boot_guest(directory, wire))
-        except HarnessError as error:
-            raise Unavailable(str(error).splitlines()[0]) from error
+    with guest_on_wire() as (directory, wire, guest):
         ours = _Netbridge(guest, directory)
         drivers: dict[str, _Driver] = {OURS: ours, DPDK: _Dpdk(guest), KERNEL: _Packet(guest)}
         try:

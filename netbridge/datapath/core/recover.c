@@ -55,8 +55,10 @@ static void take_unsent(struct nb_pump *pump)
     struct nb_ledger *ledger = pump->config.tx_ledger;
     book_gathered(pump, NB_OWNER_DEVICE, NB_OWNER_DRIVER);
     for (uint32_t buffer = 0; buffer < ledger->region.count; buffer++)
-        if (ledger->buffers[buffer].owner == NB_OWNER_DEVICE)
+        if (ledger->buffers[buffer].owner == NB_OWNER_DEVICE) {
+            pump->tx_pieces[buffer].next = NO_BUFFER;
             pump_acknowledge(pump, buffer);
+        }
     book_gathered(pump, NB_OWNER_DRIVER, NB_OWNER_DEVICE);
     ring_publish(&pump->config.tx_done, pump->tx_done_put);
 }

@@ -2,6 +2,7 @@
  * is stuck is noticed.
  */
 #include "check.h"
+#include "net_header.h"
 #include "world.h"
 
 #include <stdlib.h>
@@ -184,6 +185,34 @@ TEST(a_frame_that_the_client_is_still_sending_survives)
     CHECK_EQ(len, 300);
     CHECK(memcmp(frame, expected, 300) == 0);
     fake_complete(&world.device, &chain);
+    world_pump_idle(&world);
+    world_close(&world);
+}
+
+/* Nothing of it is left in the books: its buffers are sent one by one, the longer way. */
+TEST(a_frame_in_pieces_that_was_lost_does_not_come_back_with_the_next)
+{
+    struct world world;
+    struct nb_piece pieces[2];
+    world_open(&world, (struct world_config){.tx_max_pieces = 2, .tx_count = 2, .offloads = TX_OFFLOADS});
+    CHECK_EQ(nb_client_allocate(&world.client, pieces, 2), 2);
+    for (uint32_t i = 0; i < 2; i++) {
+        pieces[i].len = 100;
+        pieces[i].flags = i ? NB_CONTINUATION : NB_MORE;
+    }
+    nb_client_send(&world.client, pieces, 2);
+    world_pump_idle(&world);
+    expect_recovery(&world, 1);
+    for (uint64_t i = 0; i < 2; i++) {
+        CHECK_EQ(nb_client_allocate(&world.client, pieces, 1), 1);
+        frame_make(pieces[0].data, i, 100);
+        memset(pieces[0].data - HEADER, 0, HEADER);
+        pieces[0].len = 100;
+        pieces[0].flags = NB_HEADER;
+        nb_client_send(&world.client, pieces, 1);
+        world_pump_idle(&world);
+        transmit_one(&world, i, 100);
+    }
     world_pump_idle(&world);
     world_close(&world);
 }

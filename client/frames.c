@@ -133,6 +133,40 @@ int netbridge_send(struct netbridge *port, const struct netbridge_piece *pieces,
     return 0;
 }
 
+/* What is wrong with a received frame that is to be forwarded; NULL for nothing. */
+static const char *why_unforwardable(const struct netbridge *port, const struct netbridge_piece *piece)
+{
+    struct netbridge_header header;
+    if (piece->flags & (NETBRIDGE_MORE | NETBRIDGE_CONTINUATION))
+        return "forward: a piece of a frame in several; copy those into buffers to send";
+    if (piece->flags & ~NETBRIDGE_HEADER)
+        return "forward: flags that do not belong there";
+    if (netbridge_get_header(piece, &header) && (header.flags & NET_HDR_F_NEEDS_CSUM || header.gso_type))
+        return "forward: a frame whose checksum is to be made yet, or which is to be cut; copy it, and send it with its "
+               "header";
+    if (piece->len < LEAST_FRAME || piece->len > port->native.rx_stride - port->native.headroom ||
+        piece->len > port->native.tx_largest_frame)
+        return "forward: a length that is no frame's, or is more than its buffer holds";
+    if (piece->queue >= port->native.queue_pairs)
+        return "forward: no such queue pair";
+    return NULL;
+}
+
+int netbridge_forward(struct netbridge *port, const struct netbridge_piece *pieces, uint32_t count)
+{
+    if (ended(port))
+        return ended(port);
+    for (uint32_t i = 0; i < count; i++) {
+        const char *why = why_unforwardable(port, &pieces[i]);
+        if (why)
+            return misuse(port, why);
+    }
+    if (!take_away(port->rx_here, port->native.rx_count, NB_REGION_RX, pieces, count))
+        return misuse(port, "forward: a piece that is not held, or is there twice");
+    nb_client_forward(&port->native, (const struct nb_piece *)pieces, count);
+    return 0;
+}
+
 bool netbridge_get_header(const struct netbridge_piece *piece, struct netbridge_header *header)
 {
     if (!(piece->flags & NETBRIDGE_HEADER))

@@ -3,10 +3,11 @@
  *     struct netbridge_failure failure;
  *     struct netbridge *port = netbridge_connect(NETBRIDGE_SOCKET, "my-stack", 0, 5000, &failure);
  *
- * A received piece is this process's until it is released, a buffer to send until it is sent; `data` points straight
- * into DMA memory. There are few of them, so give frames back soon: the driver drops what comes while a client holds
- * its limit. Nothing that the driver says or writes is believed before it was checked; what breaks the protocol ends the
- * session with an error, and so does the driver's leaving. Close then, and connect again if `failure.may_pass`.
+ * A received piece is this process's until it is released or forwarded, a buffer to send until it is sent; `data`
+ * points straight into DMA memory. There are few of them, so give frames back soon: the driver drops what comes while a
+ * client holds its limit. Nothing that the driver says or writes is believed before it was checked; what breaks the
+ * protocol ends the session with an error, and so does the driver's leaving. Close then, and connect again if
+ * `failure.may_pass`.
  *
  * One thread at a time may use a session. No function waits but netbridge_wait and those that are given a timeout. The port
  * itself is described in docs/port.md, this library in docs/client-c.md.
@@ -134,6 +135,8 @@ uint32_t netbridge_largest(const struct netbridge *port);
 uint32_t netbridge_most_pieces(const struct netbridge *port);
 /* How many RX buffers this client may hold before frames are dropped. */
 uint32_t netbridge_rx_limit(const struct netbridge *port);
+/* Whether received frames may be written to, for `netbridge_forward`, say: the driver's manifest decides. */
+bool netbridge_rx_writable(const struct netbridge *port);
 /* How many queue pairs the device has. */
 uint32_t netbridge_queue_pairs(const struct netbridge *port);
 
@@ -183,7 +186,13 @@ void netbridge_set_header(struct netbridge_piece *piece, const struct netbridge_
 /* Sends allocated buffers, `len` bytes of each: 0, or an error; then none is sent. A frame of 14 to netbridge_largest bytes
  * is one buffer or several in a row, whose flags say so, all in one call and all of one `queue`. */
 int netbridge_send(struct netbridge *port, const struct netbridge_piece *pieces, uint32_t count);
-/* Wakes the driver if it sleeps. Call it once after a burst of release and send. */
+/* Sends received frames from where they are, without a copy, in the place of releasing them: the first `len` bytes (14
+ * to what a buffer holds, and to netbridge_largest) at `data`, as they stand, on `queue`. 0, or an error; then none is
+ * sent. Where netbridge_rx_writable the frame may have been changed before. A frame of several pieces cannot be
+ * forwarded, nor one whose virtio header says that there is something to be done yet: both are NETBRIDGE_MISUSE. What
+ * is not sent yet counts as held (netbridge_rx_limit). */
+int netbridge_forward(struct netbridge *port, const struct netbridge_piece *pieces, uint32_t count);
+/* Wakes the driver if it sleeps. Call it once after a burst of release, send and forward. */
 void netbridge_flush(struct netbridge *port);
 
 enum netbridge_wait { NETBRIDGE_WAIT_RECEIVE = 1, NETBRIDGE_WAIT_ALLOCATE = 2, NETBRIDGE_WAIT_CONTROL = 4 };

@@ -70,6 +70,13 @@ static uint64_t ring_end(const struct ring *ring)
     return ring->offset + RING_HEADER_BYTES + (uint64_t)ENTRY_BYTES * ring->slots;
 }
 
+/* How many buffers can be in a ring at one time. Also what was received can be sent. */
+static uint64_t buffers_in(const struct offer *offer, int ring)
+{
+    uint64_t rx = offer->regions[0].buffers, tx = offer->regions[1].buffers;
+    return (ring == TX_DONE ? 0 : rx) + (ring >= TX_ACTIVE ? tx : 0);
+}
+
 static int check_rings(struct netbridge *port, const struct offer *offer)
 {
     if (!size_is_valid(offer->rings_size))
@@ -85,7 +92,7 @@ static int check_rings(struct netbridge *port, const struct offer *offer)
             REFUSE("ring %s: %u slots is no power of two in bounds", name, ring->slots);
         if (ring_end(ring) > offer->rings_size)
             REFUSE("ring %s ends beyond the rings region", name);
-        if (ring->slots < offer->regions[i >= TX_ACTIVE].buffers)
+        if (ring->slots < buffers_in(offer, i))
             REFUSE("ring %s: %u slots cannot hold its buffers", name, ring->slots);
         for (int j = 0; j < i; j++)
             if (ring->offset < ring_end(&offer->rings[j]) && offer->rings[j].offset < ring_end(ring))
@@ -206,6 +213,7 @@ int take_offer(struct netbridge *port, const struct message *welcome)
     for (int i = 0; i < RINGS; i++)
         *places[i] = (struct nb_ring_place){(struct nb_ring_header *)(rings + offer.rings[i].offset), offer.rings[i].slots};
     native->rx_base = port->mappings[RX_FD].address;
+    native->rx_writable = !(offer.regions[0].flags & READ_ONLY);
     native->tx_base = port->mappings[TX_FD].address;
     native->rx_count = offer.regions[0].buffers;
     native->tx_count = offer.regions[1].buffers;

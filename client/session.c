@@ -183,6 +183,7 @@ uint32_t netbridge_largest(const struct netbridge *port) { return port->native.t
 uint32_t netbridge_most_pieces(const struct netbridge *port) { return port->native.tx_max_pieces; }
 uint64_t netbridge_offloads(const struct netbridge *port) { return port->native.offloads; }
 uint32_t netbridge_rx_limit(const struct netbridge *port) { return port->rx_limit; }
+bool netbridge_rx_writable(const struct netbridge *port) { return port->native.rx_writable; }
 
 uint32_t netbridge_queue_pairs(const struct netbridge *port) { return port->native.queue_pairs; }
 int netbridge_fd(const struct netbridge *port) { return port->poll_fd; }

@@ -31,7 +31,8 @@ BUFFER_STRIDE = 2048
 # Where frames of 64 KiB come and go: what a buffer costs, it costs half as often.
 UNCUT_STRIDE = 4096
 MAX_MERGED_BUFFERS = 34  # a 64 KiB frame and its header in buffers of 2 KiB, rounded up
-QUEUE_PAIR_BYTES = 1 << 18  # two virtqueues of 256 entries and their indirect tables, with room
+# Two virtqueues of 256 entries, their indirect tables, and copies of what is forwarded, with room.
+QUEUE_PAIR_BYTES = 1 << 18
 BURST = 64
 STALL_MS = 5000  # what Linux gives a network device
 LEAST_RX_BUFFERS = 4

@@ -1,4 +1,5 @@
-/* A service on Net-Bridge's port, in C: sends every frame back, its MAC addresses exchanged.
+/* A service on Net-Bridge's port, in C: sends every frame back, its MAC addresses exchanged. Where the driver lets it
+ * change received frames, without a copy.
  *
  *     cc echo.c $(pkg-config --cflags --libs netbridge-client) -o echo && ./echo [SOCKET]
  *
@@ -10,7 +11,7 @@
 #include <string.h>
 #include <unistd.h>
 
-enum { BURST = 64, MAC = 6, HANDSHAKE_MS = 5000, LOOK_MS = 500 /* for a signal that came before the wait */ };
+enum { BURST = 64, MAC = 6, SHORTEST = 14, HANDSHAKE_MS = 5000, LOOK_MS = 500 /* for a signal that came before the wait */ };
 
 static volatile sig_atomic_t stopping;
 static unsigned long long frames, unsendable;
@@ -21,8 +22,38 @@ static void stop(int number)
     stopping = 1;
 }
 
-/* One burst: as many frames as there are buffers to answer with. What there is to wait for, or an error. */
-static int echo_burst(struct netbridge *port, struct netbridge_piece *answers, int *spare)
+/* One burst, each frame changed and sent where it is. What there is to wait for, or an error. */
+static int forward_burst(struct netbridge *port)
+{
+    struct netbridge_piece received[BURST], others[BURST];
+    int count = netbridge_receive(port, received, BURST);
+    int good = 0, bad = 0;
+    for (int i = 0; i < count; i++) {
+        struct netbridge_piece piece = received[i];
+        uint8_t sender[MAC];
+        if (piece.flags || piece.len < SHORTEST || piece.len > netbridge_largest(port)) {
+            others[bad++] = piece; /* of a frame that does not fit one buffer, above all */
+            continue;
+        }
+        memcpy(sender, piece.data + MAC, MAC);
+        memcpy(piece.data + MAC, piece.data, MAC);
+        memcpy(piece.data, sender, MAC);
+        received[good++] = piece;
+    }
+    int error = count < 0 ? count : netbridge_forward(port, received, (uint32_t)good);
+    if (!error)
+        error = netbridge_release(port, others, (uint32_t)bad);
+    if (error)
+        return error;
+    netbridge_flush(port);
+    frames += (unsigned)good;
+    unsendable += (unsigned)bad;
+    return NETBRIDGE_WAIT_RECEIVE;
+}
+
+/* One burst, each frame copied: as many frames as there are buffers to answer with. What there is to wait for, or an
+ * error. */
+static int copy_burst(struct netbridge *port, struct netbridge_piece *answers, int *spare)
 {
     struct netbridge_piece received[BURST];
     int allocated = netbridge_allocate(port, answers + *spare, (uint32_t)(BURST - *spare));
@@ -63,7 +94,7 @@ static int echo(struct netbridge *port)
     struct netbridge_piece answers[BURST];
     int spare = 0;
     while (!stopping) {
-        int wanted = echo_burst(port, answers, &spare);
+        int wanted = netbridge_rx_writable(port) ? forward_burst(port) : copy_burst(port, answers, &spare);
         int found = wanted < 0 ? wanted : netbridge_wait(port, wanted, LOOK_MS);
         if (found > 0 && found & NETBRIDGE_WAIT_CONTROL)
             found = netbridge_check(port);

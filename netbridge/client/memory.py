@@ -51,6 +51,7 @@ class SessionMemory:
             native = self.native
             place_rings(ffi, rings, geometry, native)
             native.rx_base, native.tx_base = rx, tx
+            native.rx_writable = not geometry.rx.read_only
             native.rx_count, native.tx_count = geometry.rx.buffers, geometry.tx.buffers
             native.rx_stride, native.tx_stride = geometry.rx.stride, geometry.tx.stride
             native.headroom, native.continuation_offset = geometry.headroom, geometry.continuation_offset

@@ -76,6 +76,11 @@ class Geometry(NamedTuple):
     tx_pieces: int
 
     @property
+    def ring_buffers(self) -> tuple[int, int, int, int]:
+        """How many buffers can be in each of `rings` at one time."""
+        return _ring_buffers(self.rx.buffers, self.tx.buffers)
+
+    @property
     def rings(self) -> tuple[RingGeometry, RingGeometry, RingGeometry, RingGeometry]:
         """In the order of `RING_NAMES`, which is the order on the wire."""
         return (self.rx_active, self.rx_free, self.tx_active, self.tx_done)
@@ -83,8 +88,8 @@ class Geometry(NamedTuple):
     def check(self) -> None:
         """Raises BadGeometry, naming the first number that does not fit."""
         _check_size("rings region", self.rings_size)
-        for name, ring in zip(RING_NAMES, self.rings, strict=True):
-            self._check_ring(name, ring)
+        for name, ring, buffers in zip(RING_NAMES, self.rings, self.ring_buffers, strict=True):
+            self._check_ring(name, ring, buffers)
         by_offset = sorted(zip(self.rings, RING_NAMES, strict=True), key=lambda pair: pair[0].offset)
         for (ring, name), (following, following_name) in itertools.pairwise(by_offset):
             if ring.end > following.offset:
@@ -109,14 +114,13 @@ class Geometry(NamedTuple):
                 f"tx_largest {self.tx_largest} is not between {room} and what {self.tx_pieces} buffers of {room} hold"
             )
 
-    def _check_ring(self, name: str, ring: RingGeometry) -> None:
+    def _check_ring(self, name: str, ring: RingGeometry, buffers: int) -> None:
         if ring.offset < 0 or ring.offset % RING_ALIGNMENT:
             raise BadGeometry(f"ring {name}: offset {ring.offset} is not a multiple of {RING_ALIGNMENT}")
         if not 1 <= ring.slots <= MOST_BUFFERS or ring.slots & (ring.slots - 1):
             raise BadGeometry(f"ring {name}: {ring.slots} slots is no power of two from 1 to {MOST_BUFFERS}")
         if ring.end > self.rings_size:
             raise BadGeometry(f"ring {name} ends at byte {ring.end}, beyond the rings region of {self.rings_size}")
-        buffers = self.rx.buffers if name.startswith("rx") else self.tx.buffers
         if ring.slots < buffers:
             raise BadGeometry(f"ring {name}: {ring.slots} slots cannot hold {buffers} buffers")
 
@@ -152,12 +156,13 @@ def plan_geometry(
     tx_largest: int = 0,
     tx_pieces: int = 1,
 ) -> Geometry:
-    """Lays the rings out for these two regions: as many slots as there are buffers, rounded up to a power of two, so
-    that putting an entry in cannot fail. `rx_limit`: three quarters of the RX buffers if not said, so that the device
-    always has some. `tx_largest`: at least what one buffer holds, at most what `tx_pieces` do. Raises BadGeometry."""
+    """Lays the rings out for these two regions: as many slots as buffers can be in each, rounded up to a power of two,
+    so that putting an entry in cannot fail. `rx_limit`: three quarters of the RX buffers if not said, so that the
+    device always has some. `tx_largest`: at least what one buffer holds, at most what `tx_pieces` do. Raises
+    BadGeometry."""
     offset = 0
     rings = []
-    for buffers in (rx.buffers, rx.buffers, tx.buffers, tx.buffers):
+    for buffers in _ring_buffers(rx.buffers, tx.buffers):
         ring = RingGeometry(offset, _power_of_two_from(buffers))
         rings.append(ring)
         offset = _round_up(ring.end, RING_ALIGNMENT)
@@ -178,6 +183,11 @@ def plan_geometry(
     )
     geometry.check()
     return geometry
+
+
+def _ring_buffers(rx: int, tx: int) -> tuple[int, int, int, int]:
+    # A client may also send what it received from where it is.
+    return rx, rx, tx + rx, tx
 
 
 def _power_of_two_from(least: int) -> int:

@@ -68,7 +68,8 @@ class NetDevice:
     Takes over `transport`, also when it fails, and closes it in `close`; `memory` stays the caller's. `rx_size` and
     `tx_size` are the most entries to use of each queue, a power of two; the device may allow fewer. `most_pairs` is how
     many queue pairs to use if the device has as many. `wanted` comes from `features.select`; a device without those of
-    `required` is refused. `tx_slots` is for how many sent frames there is private memory: a header, a short copy.
+    `required` is refused. `tx_slots` is for how many sent frames there is private memory: a header, a short copy; as
+    much follows for each entry of the transmit queues, for frames that are forwarded.
     `reset_deadline_s` and `control_deadline_s` are how long, in seconds, the device may take to reset and to answer a
     command.
 
@@ -105,7 +106,7 @@ class NetDevice:
         self._negotiation: Negotiation | None = None
         self._facts: NetFacts | None = None
         self._pairs: tuple[QueuePair, ...] = ()
-        self._tx_slots_bytes = tx_slots * lib.NB_TX_SLOT_BYTES
+        self._tx_slots_count = tx_slots
         self._tx_slots: Piece | None = None
         self._control: ControlQueue | QueuelessControl | None = None
         self._local_mac = made_up_mac()
@@ -151,7 +152,7 @@ class NetDevice:
 
     @property
     def tx_slots(self) -> Piece:
-        """Private memory for the headers of sent frames, zeroed by `configure`, from then on."""
+        """Private memory for the headers of sent frames and for short copies, zeroed by `configure`, from then on."""
         return self._from_configure(self._tx_slots)
 
     @property
@@ -331,7 +332,8 @@ class NetDevice:
             QueuePlan(number, self._sizes[number % 2], vector, self._wiring.fd_of(vector), CHAINS[number % 2])
             for number, vector in enumerate(vectors)
         ]
-        extra = [self._tx_slots_bytes]
+        forwarded = len(vectors) // 2 * self._sizes[1]
+        extra = [(self._tx_slots_count + forwarded) * lib.NB_TX_SLOT_BYTES]
         has_control = agreed.has(features.CTRL_VQ) and not self._transport.answers_commands
         if has_control:
             steers = agreed.has(features.MQ) or agreed.has(features.RSS)

@@ -1,7 +1,9 @@
 /* What the pump costs, with a fake device and an echo client: without sanitizers, and without anybody's driver or guest.
  *
- *     core_cost steps FRAMES LENGTH BURST QUEUE BUFFERS PAIRS   there and back in one thread, burst by burst
+ *     core_cost steps FRAMES LENGTH BURST QUEUE BUFFERS PAIRS FORWARDS   there and back in one thread, burst by burst
  *     core_cost load FRAMES_A_SECOND MILLISECONDS               the pump in a thread, frames in bursts of 32, evenly spaced
+ *
+ * FORWARDS is 1 for an echo that sends frames from where they are, 0 for one that copies them.
  *
  * Prints nanoseconds of the pump a frame, and the process's resident memory in KiB after a hundredth of the frames and at
  * the end; for load, the processor time that the pump's thread took, as a share of one, and frames a second. Under callgrind
@@ -111,20 +113,22 @@ static void load(uint64_t rate, uint64_t milliseconds)
 
 int main(int argc, char **argv)
 {
-    uint64_t number[8] = {0};
-    for (int i = 2; i < argc && i < 8; i++)
+    uint64_t number[9] = {0};
+    for (int i = 2; i < argc && i < 9; i++)
         number[i] = strtoull(argv[i], NULL, 10);
-    if (argc == 8 && !strcmp(argv[1], "steps") && number[2] && number[4] && number[7] && number[7] <= NB_MOST_PAIRS)
+    if (argc == 9 && !strcmp(argv[1], "steps") && number[2] && number[4] && number[7] && number[7] <= NB_MOST_PAIRS)
         steps(number[2], (uint32_t)number[3], (uint32_t)number[4],
               (struct world_config){.rx_size = (uint16_t)number[5],
                                     .tx_size = (uint16_t)(2 * number[5]), /* a frame may take two */
                                     .rx_count = (uint32_t)number[6],
                                     .tx_count = (uint32_t)number[6] / 2,
                                     .pairs = (uint32_t)number[7],
+                                    .rx_writable = number[8] != 0,
                                     .tx_copied = NB_TX_MOST_COPIED});
     else if (argc == 4 && !strcmp(argv[1], "load"))
         load(number[2], number[3]);
     else
-        return fprintf(stderr, "usage: core_cost steps FRAMES LENGTH BURST QUEUE BUFFERS PAIRS | load RATE MILLISECONDS\n"), 2;
+        return fprintf(stderr, "usage: core_cost steps FRAMES LENGTH BURST QUEUE BUFFERS PAIRS FORWARDS\n"
+                               "       core_cost load RATE MILLISECONDS\n"), 2;
     return 0;
 }

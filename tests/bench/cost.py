@@ -33,6 +33,7 @@ class Setting(NamedTuple):
     queue: int = 256
     buffers: int = 1024
     pairs: int = 1
+    forwards: int = 0
 
 
 BASE = Setting()
@@ -47,6 +48,8 @@ SETTINGS: dict[str, tuple[Setting, Setting, float | None]] = {
     "8192 buffers": (Setting(buffers=8192), BASE, FLAT),
     "2 queue pairs": (Setting(pairs=2), BASE, FLAT),
     "8 queue pairs": (Setting(pairs=8), BASE, FLAT),
+    "short frames forwarded": (Setting(forwards=1), BASE, FLAT),
+    "frames of 1518 B forwarded": (Setting(length=1518, forwards=1), Setting(length=1518), FLAT),
 }
 """Frames beyond NB_TX_MOST_COPIED go another way than shorter ones."""
 TIMED = ("frames of 192 B", "frames of 1518 B", "queues of 1024", "8192 buffers", "8 queue pairs")

@@ -191,6 +191,7 @@ class FakeRings:
         self.driver_doorbell = session.driver_doorbell_fd
         self.free = list(range(geometry.rx.buffers))
         self.lease = 1
+        self.forwarded = 0
         # Pieces of a frame whose end has not come yet.
         self.sending: list[tuple[bytes, bytes, int]] = []
         for index in range(geometry.tx.buffers):
@@ -247,8 +248,11 @@ class FakeRings:
         while (entry := self.tx_active.take()) is not None:
             handle, length, kind, flags, queue = entry
             index = handle & 0xFFFFFF
-            assert handle == self.handle(self.TX_REGION, index)
             assert kind == self.TX_PACKET
+            if handle >> 24 & 0xFF == self.RX_REGION:
+                frames.append((self._take_forwarded(handle, length, flags), b"", queue))
+                continue
+            assert handle == self.handle(self.TX_REGION, index)
             assert bool(flags & self.CONTINUATION) == bool(self.sending)
             at = index * STRIDE + HEADROOM
             header = self.tx[at - 12 : at] if flags & self.HEADER else b""
@@ -259,6 +263,17 @@ class FakeRings:
                 assert not any(piece[1] for piece in self.sending[1:])
                 self.sending = []
         return frames
+
+    def _take_forwarded(self, handle: int, length: int, flags: int) -> bytes:
+        """A frame that is sent from where it was received; its buffer is the driver's again."""
+        index = handle & 0xFFFFFF
+        assert handle == self.handle(self.RX_REGION, index)
+        assert flags == 0
+        assert not self.sending
+        assert index not in self.free
+        self.free.append(index)
+        self.forwarded += 1
+        return self.rx[index * STRIDE + HEADROOM :][:length]
 
     def await_sent(self, count: int) -> list[bytes]:
         """`count` frames, waiting on the client's doorbell as docs/port.md, "Sleeping", says."""

@@ -188,6 +188,79 @@ def test_frames_both_ways(library: Path, path: Path) -> None:
         assert gone.reason is Reason.SHUTDOWN
 
 
+def test_forwarding(library: Path, path: Path) -> None:
+    with serving(path, queue_pairs=2) as (_, offered), probing(library, path) as probe:
+        driver = FakeRings(offered)
+        assert probe("writable") == 1
+        for _ in range(20):  # more than the rings hold
+            driver.deliver(frame(0))
+            driver.deliver(frame(1))
+            assert probe("wait", RECEIVE) == RECEIVE
+            assert probe("receive", 2) == 2
+            assert probe("overwrite", 0x5A) == 2
+            assert (probe("received_queue", 1), probe("received_length", 50)) == (1, 0)
+            assert probe("forward_twice") == MISUSE
+            assert driver.take_sent() == []
+            assert probe("forward", 2) == 0
+            assert probe("flush") == 0
+            assert driver.take_sent_with_headers() == [(b"Z" * 50, b"", 1), (b"Z" * 60, b"", 0)]
+            assert probe.ask("forward", 1) == f"{MISUSE} forward: a piece that is not held, or is there twice"
+            assert probe.ask("release", 1) == f"{MISUSE} release: a piece that is not held, or is there twice"
+            assert (driver.take_sent(), driver.take_back()) == ([], [])
+
+
+@pytest.mark.parametrize("flags", [1, 2, 3, 8])
+def test_what_cannot_be_forwarded(library: Path, path: Path, flags: int) -> None:
+    with serving(path, tx_largest=9014, tx_pieces=5, tx_count=8) as (_, offered), probing(library, path) as probe:
+        driver = FakeRings(offered)
+        driver.deliver(frame(1))
+        assert probe("receive", 1) == 1
+        assert probe("allocate", 1) == 1
+        assert probe("forward_allocated", 1) == MISUSE
+        for length in (0, 13, STRIDE - HEADROOM + 1, 1 << 29):
+            assert probe("received_length", length) == 0
+            assert probe.ask("forward", 1).startswith(f"{MISUSE} forward: a length that is no frame's")
+        assert probe("received_length", 60) == 0
+        assert probe("received_queue", 1) == 1
+        assert probe.ask("forward", 1) == f"{MISUSE} forward: no such queue pair"
+        assert probe("received_queue", 0) == 0
+        assert probe("received_flag", flags) == flags
+        assert probe.ask("forward", 1).startswith(f"{MISUSE} forward: ")
+        assert probe("received_flag", 0) == 0
+        assert probe("flush") == 0
+        assert driver.take_sent() == []
+        assert probe("forward", 1) == 0
+        assert driver.take_sent() == [frame(1)]
+
+
+def test_read_only_frames_can_be_forwarded_as_they_are(library: Path, path: Path) -> None:
+    with serving(path, rx_read_only=True) as (_, offered), probing(library, path) as probe:
+        driver = FakeRings(offered)
+        assert probe("writable", 0) == 0
+        driver.deliver(frame(1))
+        assert probe("receive", 1) == 1
+        assert probe("forward", 1) == 0
+        assert driver.take_sent() == [frame(1)]
+
+
+def test_frames_with_a_header_are_forwarded_if_it_asks_for_nothing(library: Path, path: Path) -> None:
+    offloads = 1 << 1 | 1 << 7  # GUEST_CSUM, GUEST_TSO4
+    with (
+        serving(path, offloads=offloads) as (_, offered),
+        probing(library, path, "0", "probe", str(offloads)) as probe,
+    ):
+        driver = FakeRings(offered)
+        for flags, gso_type in ((1, 0), (0, 1), (1, 1), (0, 4)):
+            driver.deliver(frame(1), header=struct.pack("<BBHHHHH", flags, gso_type, 54, 1400, 34, 16, 1))
+            assert probe("receive", 1) == 1
+            assert probe.ask("forward", 1).startswith(f"{MISUSE} forward: a frame whose checksum is to be made yet")
+            assert probe("release", 1) == 0
+        driver.deliver(frame(1), header=struct.pack("<BBHHHHH", 2, 0, 0, 0, 0, 0, 1))
+        assert probe("receive", 1) == 1
+        assert probe("forward", 1) == 0
+        assert driver.take_sent_with_headers() == [(frame(1), b"", 0)]
+
+
 def test_what_a_caller_may_not_do_is_refused_and_harms_nothing(library: Path, path: Path) -> None:
     with serving(path) as (_, offered), probing(library, path) as probe:
         driver = FakeRings(offered)
@@ -242,8 +315,9 @@ def test_a_driver_that_ends_the_session(library: Path, path: Path) -> None:
             assert probe.ask(word, 1) == "-2 the driver closed the port: the device was reset"
 
 
-def test_the_example(library: Path, path: Path) -> None:
-    with serving(path) as (port, offered):
+@pytest.mark.parametrize("read_only", [False, True], ids=["forwarded", "copied"])
+def test_the_example(library: Path, path: Path, read_only: bool) -> None:
+    with serving(path, rx_read_only=read_only) as (port, offered):
         driver = FakeRings(offered)
         echo = subprocess.Popen([library / "echo", path], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         try:
@@ -253,6 +327,7 @@ def test_the_example(library: Path, path: Path) -> None:
                 (answer,) = driver.await_sent(1)
                 assert answer == frame(number)[6:12] + frame(number)[:6] + frame(number)[12:]
                 driver.take_back()
+            assert driver.forwarded == (0 if read_only else 100)
             echo.send_signal(signal.SIGTERM)
             assert echo.communicate(timeout=DEADLINE_SECONDS) == ("session 7\n100 frames, 0 pieces not sent\n", "")
             assert echo.returncode == 0

@@ -24,11 +24,15 @@ TIMEOUT_S = 60
 SPLIT = ""
 # What is about the ring; the other cases would show the same again, or only take long.
 RING_CASES = (
-    *toolchain.case_names("copies", "device_lies", "flow", "notifications", "one_processor", "threads_lies"),
+    *toolchain.case_names("copies", "device_lies", "flow", "forwarding", "notifications", "one_processor"),
+    *toolchain.case_names("threads_lies"),
     "idle-idle_after_interrupts",
     "idle-idle_while_the_tx_queue_is_full",
     "threads_echo-echo_with_completions_out_of_order",
     "threads_echo-echo_with_queues_shorter_than_the_burst",
+    "threads_echo-echo_that_forwards_with_queues_shorter_than_the_burst",
+    "threads_echo-no_wake_up_is_lost_with_delays_while_copies_are_forwarded",
+    "threads_echo-no_wake_up_is_lost_with_delays_while_forwarding",
     "threads_echo-no_wake_up_is_lost_with_delays_and_few_buffers",
     "threads_echo-ping_pong_never_loses_a_wake_up",
     "threads_wake-device_falls_asleep_while_the_pump_sends",
@@ -56,6 +60,7 @@ THREAD_CASES = [
     for case in (
         "threads_echo-echo_of_every_length_in_bursts",
         "threads_echo-echo_with_short_frames_copied",
+        "threads_echo-echo_that_forwards",
         "threads_echo-echo_of_every_length_with_intx",
         "threads_echo-echo_with_completions_out_of_order",
         "threads_echo-echo_across_the_wrap_of_the_port_ring_counts",

@@ -71,8 +71,9 @@ def reply(number: int) -> bytes:
     return sent[6:12] + sent[:6] + sent[12:]
 
 
-def test_every_frame_comes_back_with_its_addresses_exchanged(path: Path) -> None:
-    with OfferedSession() as offered, serving(path, offered) as port, running(path) as echo:
+@pytest.mark.parametrize("read_only", [False, True], ids=["forwarded", "copied"])
+def test_every_frame_comes_back_with_its_addresses_exchanged(path: Path, read_only: bool) -> None:
+    with OfferedSession(rx_read_only=read_only) as offered, serving(path, offered) as port, running(path) as echo:
         driver = FakeRings(offered)
         assert isinstance(port.await_event(), ClientReady)
         assert echo.line() == (
@@ -90,6 +91,7 @@ def test_every_frame_comes_back_with_its_addresses_exchanged(path: Path) -> None
         code, out, err = echo.end()
         assert (code, err) == (0, "")
         total = sum(1 + burst % 4 for burst in range(50))
+        assert driver.forwarded == (0 if read_only else total)
         assert "closed: end the driver closed the port: orderly shutdown, " in out
         assert f"frames {total}, bytes {60 * total}, " in out
 

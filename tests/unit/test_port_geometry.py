@@ -32,6 +32,9 @@ def test_a_plan_holds_and_its_rings_take_every_buffer(rx_count: int, tx_count: i
     geometry = plan_geometry(region(rx_count, stride), region(tx_count, stride))
     assert 1 <= geometry.rx_limit <= rx_count
     assert rx_count <= geometry.rx_active.slots < 2 * rx_count + 1
+    assert rx_count <= geometry.rx_free.slots < 2 * rx_count + 1
+    # What was received can be sent from where it is.
+    assert rx_count + tx_count <= geometry.tx_active.slots < 2 * (rx_count + tx_count) + 1
     assert tx_count <= geometry.tx_done.slots < 2 * tx_count + 1
     covered = sorted((ring.offset, ring.offset + 128 + 16 * ring.slots) for ring in geometry.rings)
     for (_, end), (start, _) in itertools.pairwise(covered):
@@ -70,6 +73,7 @@ def test_any_numbers_pass_or_are_refused(geometry: Geometry) -> None:
         ({"rx_active": RingGeometry(0, 24)}, "rx_active: 24 slots is no power of two"),
         ({"rx_active": RingGeometry(0, 0)}, "rx_active: 0 slots"),
         ({"rx_free": RingGeometry(512, 8)}, "rx_free: 8 slots cannot hold 16 buffers"),
+        ({"tx_active": GOOD.tx_active._replace(slots=16)}, "tx_active: 16 slots cannot hold 24 buffers"),
         ({"tx_done": RingGeometry(4096, 8)}, "tx_done ends at byte 4352, beyond"),
         ({"tx_done": RingGeometry((1 << 64) - 128, 8)}, "tx_done ends at byte"),
         ({"rx_free": RingGeometry(128, 16)}, "rx_active and rx_free overlap"),

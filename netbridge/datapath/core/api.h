@@ -39,7 +39,8 @@ enum { NB_NET_HEADER_BYTES = 12, NB_TX_SLOT_BYTES = 256, NB_TX_MOST_COPIED = 192
 /* Regions a DMA handle can name. */
 enum nb_region_id { NB_REGION_RX = 1, NB_REGION_TX = 2 };
 
-/* One message: 16 bytes, little-endian. `len` is bytes of frame in this buffer (0 when an RX buffer is given back). */
+/* One message: 16 bytes, little-endian. `len` is bytes of frame in this buffer (0 when an RX buffer is given back). In
+ * tx_active the handle may be of the RX region: that frame is sent from where it was received. */
 struct nb_entry {
     uint64_t dma_handle; /* session:16 | lease:16 | region:8 | index:24, most significant first */
     uint32_t len;
@@ -274,9 +275,10 @@ struct nb_pump_config {
     struct nb_ring_place rx_free;
     struct nb_ring_place tx_active;
     struct nb_ring_place tx_done;
-    /* Slots of sent frames, in memory that no client sees: NB_TX_SLOT_BYTES each, zeroed and aligned to 64 bytes. The first
-     * stays so, its header is that of every frame that asks for nothing; with offloads on the transmit side, or frames that
-     * are copied, one more for each TX buffer. */
+    /* Slots of sent frames, in memory that no client sees: NB_TX_SLOT_BYTES each, zeroed and aligned to 64 bytes. The
+     * first stays so, its header is that of every frame that asks for nothing; with offloads on the transmit side, or
+     * frames that are copied, one more for each TX buffer; if frames are copied, then one for each entry of each
+     * transmit queue, for those that are forwarded. */
     uint8_t *tx_slots;
     uint64_t tx_slots_iova;
     uint32_t tx_copied; /* frames up to so many bytes take one descriptor, for a copy behind its header (tx_slot.h);
@@ -284,7 +286,8 @@ struct nb_pump_config {
     uint64_t offloads;         /* 1 << enum nb_offload: what device and client agreed on */
     uint32_t net_header_bytes; /* in front of every frame, both ways */
     uint32_t rx_max_pieces;    /* buffers one received frame may span; 1: MRG_RXBUF was not agreed */
-    uint32_t rx_client_limit;  /* RX buffers the client may hold; beyond that frames are dropped */
+    uint32_t rx_client_limit;  /* RX buffers the client may hold, those it forwards included until they are sent; beyond that
+                                * frames are dropped */
     uint32_t tx_max_pieces;    /* buffers one sent frame may span; each queue must be longer by one */
     uint32_t tx_largest_frame; /* bytes of the longest frame that may be sent, without the virtio header */
     uint32_t burst;            /* chains of each queue, and entries of each ring, moved in a round */
@@ -370,6 +373,7 @@ struct nb_client {
     struct nb_ring_place tx_done;
     uint8_t *rx_base;
     uint8_t *tx_base;
+    bool rx_writable; /* received frames may be changed where they are */
     uint32_t rx_count;
     uint32_t tx_count;
     uint32_t rx_stride;
@@ -423,7 +427,10 @@ void nb_client_unallocate(struct nb_client *client, uint32_t count);
 /* Sends TX buffers: `len`, `flags` and `queue` set by the caller. A frame of several is sent in as many calls as it pleases;
  * the device gets it after its last piece. */
 void nb_client_send(struct nb_client *client, const struct nb_piece *pieces, uint32_t count);
-/* Rings the driver's bell if it sleeps. Call once after a burst of release and send. */
+/* Sends received frames of one piece each from where they are, in the place of releasing them: the `len` bytes at
+ * `data` as they stand, on `queue`; other flags than NB_HEADER there must not be, and the header is not sent. */
+void nb_client_forward(struct nb_client *client, const struct nb_piece *pieces, uint32_t count);
+/* Rings the driver's bell if it sleeps. Call once after a burst of release, send and forward. */
 void nb_client_flush(struct nb_client *client);
 
 /* What nb_client_wait may wait for, and what it found. */

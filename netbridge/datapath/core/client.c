@@ -28,7 +28,7 @@ int nb_client_init(struct nb_client *client)
                  client->tx_max_pieces <= client->tx_count && client->tx_max_pieces <= NB_MOST_PIECES && client->tx_largest_frame != 0 &&
                  ring_is_valid(&client->rx_active, client->rx_count) &&
                  ring_is_valid(&client->rx_free, client->rx_count) &&
-                 ring_is_valid(&client->tx_active, client->tx_count) &&
+                 ring_is_valid(&client->tx_active, client->tx_count + client->rx_count) &&
                  ring_is_valid(&client->tx_done, client->tx_count);
     client->rx_active_taken = 0;
     client->rx_free_put = 0;
@@ -131,7 +131,8 @@ void nb_client_unallocate(struct nb_client *client, uint32_t count)
     ring_consumed(&client->tx_done, client->tx_done_taken);
 }
 
-void nb_client_send(struct nb_client *client, const struct nb_piece *pieces, uint32_t count)
+/* `flags`: those that are sent as they stand. */
+static inline void send_pieces(struct nb_client *client, const struct nb_piece *pieces, uint32_t count, uint8_t flags)
 {
     /* Before they are the driver's, which may give them to be overwritten at once. */
     if (client->capture)
@@ -142,10 +143,20 @@ void nb_client_send(struct nb_client *client, const struct nb_piece *pieces, uin
                      .dma_handle = pieces[i].dma_handle,
                      .len = pieces[i].len,
                      .kind = NB_TX_PACKET,
-                     .flags = pieces[i].flags,
+                     .flags = pieces[i].flags & flags,
                      .queue = pieces[i].queue,
                  });
     ring_publish(&client->tx_active, client->tx_active_put);
+}
+
+void nb_client_send(struct nb_client *client, const struct nb_piece *pieces, uint32_t count)
+{
+    send_pieces(client, pieces, count, UINT8_MAX);
+}
+
+void nb_client_forward(struct nb_client *client, const struct nb_piece *pieces, uint32_t count)
+{
+    send_pieces(client, pieces, count, (uint8_t)~NB_HEADER);
 }
 
 void nb_client_flush(struct nb_client *client)

@@ -1,7 +1,7 @@
 /* The echo service's loop, and an example of a client: every frame goes back to its sender, the MAC addresses exchanged.
  *
- * The one copy is the service's own, from an RX to a TX buffer: the regions differ because a client may send from the one
- * and not from the other.
+ * A frame that came in one piece is changed where it is, and forwarded. One that came in several, and any of a session
+ * in which received frames can only be read, is copied into TX buffers.
  */
 #include <poll.h>
 #include <stdbool.h>
@@ -10,7 +10,7 @@
 #include "core.h"
 #include "counting.h"
 
-enum { BURST = NB_MOST_PIECES, BURSTS_BETWEEN_LOOKS = 256, MAC_BYTES = 6 };
+enum { BURST = NB_MOST_PIECES, BURSTS_BETWEEN_LOOKS = 256, MAC_BYTES = 6, LEAST_FRAME = 14 };
 
 /* The first `count` of the array are there, in order. */
 struct pieces {
@@ -74,35 +74,94 @@ static void reflect(const struct nb_piece *from, struct nb_piece *to, uint64_t b
         exchange_addresses(first->data);
 }
 
-/* Sends back the whole frames, as far as there are buffers; those that may not be sent are counted. */
+/* What came of a burst so far: pieces of it, and of the replies, that are done with, and those of them that the driver
+ * has. */
+struct progress {
+    uint32_t done;
+    uint32_t returned;
+    uint32_t used;
+    uint32_t sent;
+};
+
+static void send_copies(struct nb_client *client, const struct pieces *received, const struct pieces *replies,
+                        struct progress *at)
+{
+    nb_client_send(client, replies->at + at->sent, at->used - at->sent);
+    nb_client_release(client, received->at + at->returned, at->done - at->returned);
+    at->sent = at->used;
+    at->returned = at->done;
+}
+
+/* How many pieces from `first` on are frames that can be sent from where they are. */
+static uint32_t count_forwardable(const struct nb_client *client, const struct pieces *received, uint32_t first)
+{
+    uint32_t i = first;
+    for (; client->rx_writable && i < received->count; i++) {
+        const struct nb_piece *piece = &received->at[i];
+        if (piece->flags & (NB_MORE | NB_CONTINUATION) || piece->len < LEAST_FRAME ||
+            piece->len > client->tx_largest_frame)
+            break;
+    }
+    return i - first;
+}
+
+static void forward(struct nb_client *client, struct pieces *received, struct progress *at, uint32_t count,
+                    struct nb_echo_counts *counts)
+{
+    const struct nb_piece *pieces = received->at + at->done;
+    for (uint32_t i = 0; i < count; i++) {
+        exchange_addresses(pieces[i].data);
+        counts->bytes += pieces[i].len;
+    }
+    counts->frames += count;
+    nb_client_forward(client, pieces, count);
+    at->done = at->returned = at->done + count;
+}
+
+/* Copies the next frame, of so many pieces, into replies; one that may not be sent is counted. False: there are too
+ * few. */
+static bool copy(struct nb_client *client, struct pieces *received, struct pieces *replies, struct progress *at,
+                 uint32_t pieces, uint64_t bytes, struct nb_echo_counts *counts)
+{
+    uint64_t room = 0;
+    uint32_t needed = 0;
+    while (room < bytes && needed < client->tx_max_pieces && at->used + needed < replies->count)
+        room += replies->at[at->used + needed++].len;
+    if (bytes > client->tx_largest_frame || bytes == 0 || (room < bytes && needed == client->tx_max_pieces)) {
+        counts->unsendable++;
+    } else if (room < bytes) {
+        return false;
+    } else {
+        replies->at[at->used].queue = received->at[at->done].queue;
+        reflect(&received->at[at->done], &replies->at[at->used], bytes);
+        counts->frames++;
+        counts->bytes += bytes;
+        at->used += needed;
+    }
+    at->done += pieces;
+    return true;
+}
+
+/* Sends back the whole frames, in their order, as far as there are buffers. */
 static void reflect_burst(struct nb_client *client, struct pieces *received, struct pieces *replies,
                           struct nb_echo_counts *counts)
 {
-    uint32_t done = 0, used = 0, pieces;
+    struct progress at = {0};
     uint64_t bytes;
-    while ((pieces = next_frame(received, done, &bytes)) != 0) {
-        uint64_t room = 0;
-        uint32_t needed = 0;
-        while (room < bytes && needed < client->tx_max_pieces && used + needed < replies->count)
-            room += replies->at[used + needed++].len;
-        if (bytes > client->tx_largest_frame || bytes == 0 || (room < bytes && needed == client->tx_max_pieces)) {
-            counts->unsendable++;
-        } else if (room < bytes) {
-            break;
-        } else {
-            replies->at[used].queue = received->at[done].queue;
-            reflect(&received->at[done], &replies->at[used], bytes);
-            counts->frames++;
-            counts->bytes += bytes;
-            used += needed;
+    for (;;) {
+        uint32_t count = count_forwardable(client, received, at.done);
+        if (count) {
+            send_copies(client, received, replies, &at);
+            forward(client, received, &at, count, counts);
         }
-        done += pieces;
+        uint32_t pieces = next_frame(received, at.done, &bytes);
+        if (pieces == 0 || !copy(client, received, replies, &at, pieces, bytes, counts))
+            break;
     }
-    nb_client_send(client, replies->at, used);
-    nb_client_release(client, received->at, done);
+    send_copies(client, received, replies, &at);
     nb_client_flush(client);
-    forget_first(replies, used);
-    forget_first(received, done);
+    forget_first(replies, at.used);
+    forget_first(received, at.done);
 }
 
 static bool is_readable(int fd)

@@ -30,6 +30,7 @@ static inline uint64_t ledger_handle(const struct nb_ledger *ledger, uint32_t in
 }
 
 static inline uint32_t handle_index(uint64_t handle) { return (uint32_t)handle & 0xffffff; }
+static inline uint8_t handle_region(uint64_t handle) { return (uint8_t)(handle >> 24); }
 
 static inline uint8_t *ledger_address(const struct nb_ledger *ledger, uint32_t index)
 {
@@ -83,7 +84,7 @@ static inline uint64_t ledger_lend(struct nb_ledger *ledger, uint32_t index)
 /* Why a handle is refused that is not the one the client holds. */
 static inline enum nb_refusal ledger_refusal(const struct nb_ledger *ledger, uint64_t handle)
 {
-    if ((uint8_t)(handle >> 24) != ledger->region.id)
+    if (handle_region(handle) != ledger->region.id)
         return NB_REFUSE_REGION;
     if (handle_index(handle) >= ledger->region.count)
         return NB_REFUSE_INDEX;

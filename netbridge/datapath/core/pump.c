@@ -1,9 +1,11 @@
 /* The pump: one call that moves frames between the virtqueues and the port for as long as they flow.
  *
  * Follow a frame: pump_receive() takes it from an RX virtqueue and lends its buffers to the client through rx_active;
- * pump_take_back() gets them back from rx_free; refill() posts them again. pump_transmit() takes a frame from tx_active to a
- * TX virtqueue; pump_complete() gives its buffers back through tx_done. run_round() is those five, and nb_pump_run()
- * repeats it, polling while there is work and sleeping on the eventfds when there is none.
+ * pump_take_back() gets them back from rx_free; refill() posts them again. pump_transmit() takes a frame from tx_active
+ * to a TX virtqueue; pump_complete() gives its buffers back through tx_done. (A frame that the client forwards skips
+ * two of these: its RX buffers go from rx_active through tx_active to the device, and are free when it is done.)
+ * run_round() is those five, and nb_pump_run() repeats it, polling while there is work and sleeping on the eventfds
+ * when there is none.
  *
  * A round is bounded: `burst` chains of each queue and of what the client sends. So no queue pair and no direction
  * waits for another to run dry, and which pair goes first changes with every round.
@@ -187,7 +189,8 @@ static bool headers_are_consistent(const struct nb_pump_config *config)
     /* Whole lines are copied, whatever the frame's length. */
     bool copies = config->tx_copied != 0;
     bool copy_is_valid = config->tx_slots && config->tx_copied <= NB_TX_MOST_COPIED &&
-                         ledger_room(config->tx_ledger) >= NB_TX_MOST_COPIED;
+                         ledger_room(config->tx_ledger) >= NB_TX_MOST_COPIED &&
+                         ledger_room(config->rx_ledger) >= NB_TX_MOST_COPIED;
     return config->net_header_bytes <= rx->headroom && config->net_header_bytes <= NB_NET_HEADER_BYTES &&
            (!merges || merge_header_is_valid) && (!offers || offered_header_is_valid) && (!copies || copy_is_valid);
 }
@@ -209,7 +212,7 @@ static bool is_consistent(const struct nb_pump_config *config)
     uint32_t rx = config->rx_ledger->region.count;
     uint32_t tx = config->tx_ledger->region.count;
     return ring_is_valid(&config->rx_active, rx) && ring_is_valid(&config->rx_free, rx) &&
-           ring_is_valid(&config->tx_active, tx) && ring_is_valid(&config->tx_done, tx) && config->burst != 0 &&
+           ring_is_valid(&config->tx_active, tx + rx) && ring_is_valid(&config->tx_done, tx) && config->burst != 0 &&
            config->rx_max_pieces >= 1 && config->rx_max_pieces <= NB_MOST_PIECES && config->tx_max_pieces >= 1 &&
            config->tx_max_pieces <= NB_MOST_PIECES && config->tx_largest_frame >= ledger_room(config->tx_ledger) &&
            headers_are_consistent(config) && pairs_are_consistent(config) &&
@@ -230,6 +233,9 @@ struct nb_pump *nb_pump_new(const struct nb_pump_config *config)
     pump->polling = polling_start(config->spin_ns);
     pump->rx_flags = config->offloads & RX_OFFLOADS ? NB_HEADER : 0;
     pump->tx_has_offloads = config->offloads & TX_OFFLOADS;
+    pump->rx_may_hold = config->rx_client_limit;
+    uint32_t rx_room = ledger_room(config->rx_ledger);
+    pump->longest_forwarded = rx_room < config->tx_largest_frame ? rx_room : config->tx_largest_frame;
     uint32_t share = config->rx_ledger->region.count / config->pair_count;
     pump->rx_share = share ? share : 1;
     for (uint32_t i = 0; i < config->pair_count; i++)
@@ -239,12 +245,14 @@ struct nb_pump *nb_pump_new(const struct nb_pump_config *config)
             .number = (uint8_t)i,
             .backlog_first = NO_BUFFER,
         };
-    pump->tx_pieces = calloc(config->tx_ledger->region.count, sizeof(pump->tx_pieces[0]));
+    pump_place_slots(pump);
+    uint32_t sendable = config->tx_ledger->region.count + config->rx_ledger->region.count;
+    pump->tx_pieces = calloc(sendable, sizeof(pump->tx_pieces[0]));
     if (!pump->tx_pieces || pump_watch_fds(pump)) {
         nb_pump_free(pump);
         return NULL;
     }
-    for (uint32_t i = 0; i < config->tx_ledger->region.count; i++)
+    for (uint32_t i = 0; i < sendable; i++)
         pump->tx_pieces[i].next = NO_BUFFER;
     return pump;
 }
@@ -257,6 +265,15 @@ void nb_pump_free(struct nb_pump *pump)
         close(pump->epoll_fd);
     free(pump->tx_pieces);
     free(pump);
+}
+
+void pump_place_slots(struct nb_pump *pump)
+{
+    uint32_t slot = 1 + pump->config.tx_ledger->region.count;
+    for (uint32_t i = 0; i < pump->config.pair_count; i++) {
+        pump->pairs[i].first_slot = slot;
+        slot += pump->pairs[i].tx_queue->size;
+    }
 }
 
 void pump_show_free_buffers(struct nb_pump *pump)

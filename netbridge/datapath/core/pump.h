@@ -1,7 +1,8 @@
 /* The pump's inside, shared by the files it is made of:
  *
  *     receive.c   device to client, and the buffers back
- *     transmit.c  client to device, and the buffers back
+ *     transmit.c  client to device
+ *     complete.c  the buffers back, when the device has sent what was in them
  *     wake.c      going to sleep, being woken, waking others
  *     watchdog.c  whether the device is stuck
  *     recover.c   a reset of the device under the session
@@ -42,7 +43,9 @@ struct rx_piece {
     uint32_t bytes;
 };
 
-/* What is known of a TX buffer that the client has sent, until it is acknowledged. Private, indexed by buffer. */
+/* What is known of a buffer that the client has sent, until the device is done with it. Private, indexed by the
+ * buffer's number among those that can be sent: the TX buffers, and behind them the RX buffers, each of which is a
+ * forwarded frame. */
 struct tx_piece {
     uint32_t next;  /* the frame's next piece; NO_BUFFER: this is its last, or it is with nobody but the client */
     uint32_t bytes; /* in this piece */
@@ -51,6 +54,11 @@ struct tx_piece {
     uint16_t pieces;
     bool has_header;
 };
+
+/* A sent chain's token is the number of its frame's first buffer, beside which this says to look for the others in
+ * tx_pieces: a frame of one piece needs no look there. NO_BUFFER: a forwarded frame was copied, and its buffer is long
+ * since free. */
+enum { HAS_MORE_PIECES = 2 * MOST_BUFFERS };
 
 /* A frame whose last piece has not come yet, or has just come. No pieces: there is none. */
 struct tx_frame {
@@ -66,6 +74,7 @@ struct pump_pair {
     struct nb_virtqueue *rx_queue;
     struct nb_virtqueue *tx_queue;
     uint8_t number; /* as ring entries name it */
+    uint32_t first_slot; /* of those for copies of forwarded frames, one for each that may be in flight on this pair */
     struct rx_piece pieces[NB_MOST_PIECES]; /* of the frame being gathered */
     uint32_t pieces_gathered;
     uint32_t pieces_expected; /* 0: between frames */
@@ -92,6 +101,8 @@ struct nb_pump {
     uint32_t client_left_asking; /* wishes that it had besides the one for which it was last woken */
     uint32_t turn;       /* which pair goes first; moves on with every round */
     uint32_t rx_share;   /* chains a pair's RX queue may hold, so that there are buffers for the others too */
+    uint32_t rx_may_hold; /* RX buffers the client may hold: its limit, less what it forwarded and the device has not sent */
+    uint32_t longest_forwarded; /* bytes */
     uint8_t rx_flags;    /* of a received frame's first entry: NB_HEADER if the session has offloads there */
     bool tx_has_offloads;
     bool holds_back;        /* the last round left received frames with the device, for the client to catch up */
@@ -112,6 +123,20 @@ static inline struct pump_pair *pair_in_turn(struct nb_pump *pump, uint32_t i)
     return &pump->pairs[number < pump->config.pair_count ? number : number - pump->config.pair_count];
 }
 
+/* The client has given up RX buffers, or the device those that were forwarded: whoever waited for that has waited in
+ * vain no longer. */
+static inline void pump_note_return(struct nb_pump *pump)
+{
+    pump->client_is_late = false;
+    pump->awaited_since = 0;
+}
+
+/* The number among buffers that can be sent. */
+static inline uint32_t number_of_forwarded(const struct nb_pump *pump, uint32_t rx_buffer)
+{
+    return pump->config.tx_ledger->region.count + rx_buffer;
+}
+
 /* Where the device reads the header of a sent frame that has one, by the frame's first buffer. */
 static inline struct net_header *tx_header_of(const struct nb_pump *pump, uint32_t first)
 {
@@ -122,6 +147,8 @@ static inline struct net_header *tx_header_of(const struct nb_pump *pump, uint32
 void pump_notify(struct nb_pump *pump, struct nb_virtqueue *queue);
 /* Posts what buffers there are, for a device that looks from DRIVER_OK on; the notification comes with the first round. */
 void pump_show_free_buffers(struct nb_pump *pump);
+/* Which of tx_slots are whose, with the queues as they are. */
+void pump_place_slots(struct nb_pump *pump);
 
 /* watchdog.c: 0, or a verdict; and how long the pump may sleep until the next look, -1: for ever. */
 int pump_look_for_stall(struct nb_pump *pump, int *timeout_ms);
@@ -137,12 +164,14 @@ bool pump_device_starves(const struct nb_pump *pump);
 
 /* transmit.c */
 int pump_transmit(struct nb_pump *pump);
-int pump_complete(struct nb_pump *pump, struct pump_pair *pair);
-void pump_acknowledge(struct nb_pump *pump, uint32_t buffer);
-/* All buffers of a frame that was given to the device, by its chain's token. */
-void pump_acknowledge_frame(struct nb_pump *pump, uint32_t token);
 /* Whether there is a queue for whatever the client sends next, as far as can be known before it is looked at. */
 bool pump_can_transmit(const struct nb_pump *pump);
+
+/* complete.c */
+int pump_complete(struct nb_pump *pump, struct pump_pair *pair);
+void pump_acknowledge(struct nb_pump *pump, uint32_t buffer);
+/* The device is done with a frame, or has lost it: all its buffers, by its chain's token. */
+void pump_acknowledge_frame(struct nb_pump *pump, uint32_t token);
 
 /* wake.c */
 int pump_watch_fds(struct nb_pump *pump);

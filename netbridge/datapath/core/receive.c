@@ -62,7 +62,7 @@ static inline void finish_received(struct nb_pump *pump, uint8_t queue, const st
     received->bytes += bytes;
     if (bytes < ETHERNET_HEADER)
         drop(pump, pieces, count, NB_DROP_TOO_SHORT);
-    else if (pump->config.rx_ledger->owned[NB_OWNER_CLIENT] + count > pump->config.rx_client_limit)
+    else if (pump->config.rx_ledger->owned[NB_OWNER_CLIENT] + count > pump->rx_may_hold)
         drop(pump, pieces, count, NB_DROP_CLIENT_SLOW);
     else
         hand_over(pump, queue, pieces, count, received);
@@ -157,9 +157,9 @@ static uint32_t takeable(struct nb_pump *pump, const struct pump_pair *pair, uin
     const struct nb_pump_config *config = &pump->config;
     uint32_t take = least(completed, config->burst);
     uint32_t held = config->rx_ledger->owned[NB_OWNER_CLIENT] + pair->pieces_gathered;
-    if (!config->yields || pump->client_is_late || held + take <= config->rx_client_limit)
+    if (!config->yields || pump->client_is_late || held + take <= pump->rx_may_hold)
         return take;
-    uint32_t room = held < config->rx_client_limit ? config->rx_client_limit - held : 0;
+    uint32_t room = held < pump->rx_may_hold ? pump->rx_may_hold - held : 0;
     if (room >= least(config->rx_max_pieces, (config->rx_client_limit + 1) / 2))
         return room;
     uint64_t now = now_ns();
@@ -215,8 +215,7 @@ int pump_take_back(struct nb_pump *pump)
     }
     if (waiting) {
         ring_consumed(&pump->config.rx_free, pump->rx_free_taken);
-        pump->client_is_late = false;
-        pump->awaited_since = 0;
+        pump_note_return(pump);
     }
     return (int)waiting;
 }

@@ -32,12 +32,14 @@ static void count_lost(struct nb_pump *pump, uint64_t frames)
     count(&pump->config.counters->drops[NB_DROP_DEVICE_RESET], frames);
 }
 
-static void take_received(struct nb_pump *pump)
+/* Those that were to be received into, and those that were to be forwarded. */
+static void take_rx_buffers(struct nb_pump *pump)
 {
     struct nb_ledger *ledger = pump->config.rx_ledger;
     for (uint32_t buffer = 0; buffer < ledger->region.count; buffer++)
         if (ledger->buffers[buffer].owner == NB_OWNER_DEVICE)
             ledger_put_free(ledger, buffer);
+    pump->rx_may_hold = pump->config.rx_client_limit;
 }
 
 /* The pieces of the frame that the client is sending: booked as `owner`, so that whoever looks for the others passes over
@@ -74,7 +76,7 @@ uint64_t nb_pump_salvage(struct nb_pump *pump)
         pair->backlog_first = NO_BUFFER;
         pair->stalled_since = 0;
     }
-    take_received(pump);
+    take_rx_buffers(pump);
     take_unsent(pump);
     if (pump->gathered.pieces != 0 && pump->gathered.has_header)
         memcpy(pump->kept_header, tx_header_of(pump, pump->gathered.first), sizeof(pump->kept_header));
@@ -100,6 +102,7 @@ int nb_pump_resume(struct nb_pump *pump, const struct nb_pump_pair *pairs, uint3
     }
     config->tx_slots = tx_slots;
     config->tx_slots_iova = tx_slots_iova;
+    pump_place_slots(pump);
     if (pump->gathered.pieces != 0 && pump->gathered.has_header)
         memcpy(tx_header_of(pump, pump->gathered.first), pump->kept_header, sizeof(pump->kept_header));
     pump_show_free_buffers(pump);

@@ -1,8 +1,11 @@
-/* Transmit: client to device, and the buffers back to the client when the device is done with them.
+/* Transmit: client to device. What becomes of the buffers when the device is done with them is complete.c's business.
  *
  * A frame's pieces are gathered until the last of them is there, each checked as it comes; until then they wait for nobody.
  * A frame that is whole goes to its queue, or waits behind its queue's backlog. Most frames are one piece without a header,
  * and go straight through; the short ones among them as a copy (tx_slot.h).
+ *
+ * A frame may also be forwarded: the client sends it from the RX buffer that it came in. That buffer is free at once if
+ * the frame is copied, else when the device is done with it.
  */
 #include "pump.h"
 
@@ -25,18 +28,24 @@ static bool has_room_for(const struct pump_pair *pair, uint32_t pieces)
     return virtqueue_has_room(pair->tx_queue, 1 + pieces);
 }
 
-/* In a chain's token beside its first buffer: look for the others in tx_pieces. A frame of one piece needs no look there. */
-enum { HAS_MORE_PIECES = MOST_BUFFERS };
+/* Where the device reads the frame in a buffer that was sent. */
+static uint64_t frame_iova(const struct nb_pump *pump, uint32_t number)
+{
+    const struct nb_ledger *ledger = pump->config.tx_ledger;
+    if (number >= ledger->region.count) {
+        number -= ledger->region.count;
+        ledger = pump->config.rx_ledger;
+    }
+    return ledger_iova(ledger, number) + ledger->region.headroom;
+}
 
 static void add_frame(struct nb_pump *pump, struct pump_pair *pair, uint32_t first)
 {
-    const struct nb_ledger *ledger = pump->config.tx_ledger;
     struct nb_segment segments[1 + NB_MOST_PIECES];
     uint32_t count = 0;
     segments[count++] = (struct nb_segment){header_iova(pump, first), pump->config.net_header_bytes};
     for (uint32_t buffer = first; buffer != NO_BUFFER; buffer = pump->tx_pieces[buffer].next)
-        segments[count++] = (struct nb_segment){ledger_iova(ledger, buffer) + ledger->region.headroom,
-                                                pump->tx_pieces[buffer].bytes};
+        segments[count++] = (struct nb_segment){frame_iova(pump, buffer), pump->tx_pieces[buffer].bytes};
     virtqueue_add(pair->tx_queue, segments, count, 0, count > 2 ? first | (uint32_t)HAS_MORE_PIECES : first);
 }
 
@@ -74,17 +83,17 @@ bool pump_can_transmit(const struct nb_pump *pump)
 
 /* ---- From the client ------------------------------------------------------------------------------------------ */
 
-/* What is wrong with an entry by itself: 0, or a verdict. */
-static int check_entry(const struct nb_pump *pump, const struct nb_entry *entry, int64_t buffer)
+/* What is wrong with an entry by itself: 0, or a verdict. `known`: flags that it may have; `most`: bytes. */
+static int check_entry(const struct nb_pump *pump, const struct nb_entry *entry, int64_t buffer, uint8_t known,
+                       uint32_t most)
 {
-    uint8_t known = NB_MORE | NB_CONTINUATION | (pump->tx_has_offloads ? NB_HEADER : 0);
     if (entry->kind != NB_TX_PACKET || entry->flags & ~known)
         return client_fault(NB_REFUSE_KIND);
     if (buffer < 0)
         return client_fault((int)(-1 - buffer));
     if (entry->queue >= pump->config.pair_count)
         return client_fault(NB_REFUSE_QUEUE);
-    if (entry->len == 0 || entry->len > ledger_room(pump->config.tx_ledger))
+    if (entry->len == 0 || entry->len > most)
         return client_fault(NB_REFUSE_LENGTH);
     return 0;
 }
@@ -134,12 +143,21 @@ static int continue_frame(struct nb_pump *pump, const struct nb_entry *entry, ui
     return 0;
 }
 
+/* A forwarded frame's buffer is the device's; it does not count as given back before the device is done with it. */
+static inline void book_forwarded(struct nb_pump *pump, uint32_t buffer)
+{
+    ledger_move(pump->config.rx_ledger, buffer, NB_OWNER_CLIENT, NB_OWNER_DEVICE);
+    pump->rx_may_hold--;
+    pump_note_return(pump);
+}
+
 /* Adds an entry to the frame that is being gathered: 0, or a verdict. A buffer that was taken is booked as the device's,
  * also while it waits, and also if the session ends now. */
 static int gather_entry(struct nb_pump *pump, const struct nb_entry *entry)
 {
     int64_t checked = ledger_check(pump->config.tx_ledger, entry->dma_handle);
-    int verdict = check_entry(pump, entry, checked);
+    uint8_t known = NB_MORE | NB_CONTINUATION | (pump->tx_has_offloads ? NB_HEADER : 0);
+    int verdict = check_entry(pump, entry, checked, known, ledger_room(pump->config.tx_ledger));
     if (verdict < 0)
         return verdict;
     uint32_t buffer = (uint32_t)checked;
@@ -155,6 +173,15 @@ static int gather_entry(struct nb_pump *pump, const struct nb_entry *entry)
     return 0;
 }
 
+/* A frame is whole. */
+static void send_whole(struct nb_pump *pump, struct pump_pair *pair, uint32_t first)
+{
+    if (pair->backlog_first == NO_BUFFER && has_room_for(pair, pump->tx_pieces[first].pieces))
+        add_frame(pump, pair, first);
+    else
+        put_in_backlog(pump, pair, first);
+}
+
 /* The last piece is there: the frame goes to its queue. 0, or a verdict. */
 static int finish_sent(struct nb_pump *pump)
 {
@@ -166,49 +193,108 @@ static int finish_sent(struct nb_pump *pump)
     piece->pieces = (uint16_t)frame->pieces;
     piece->has_header = frame->has_header;
     frame->pieces = 0;
-    struct pump_pair *pair = &pump->pairs[frame->queue];
-    if (pair->backlog_first == NO_BUFFER && has_room_for(pair, piece->pieces))
-        add_frame(pump, pair, first);
-    else
-        put_in_backlog(pump, pair, first);
+    send_whole(pump, &pump->pairs[frame->queue], first);
     return 0;
 }
 
-/* The rule, not the exception: a frame of one piece and without a header, and nothing in its way. False: the longer way,
- * which also finds out what is wrong. */
+/* A received frame that is sent from where it is. 0, or a verdict. */
+static int forward(struct nb_pump *pump, const struct nb_entry *entry)
+{
+    int64_t checked = ledger_check(pump->config.rx_ledger, entry->dma_handle);
+    int verdict = check_entry(pump, entry, checked, 0, pump->longest_forwarded);
+    if (verdict < 0)
+        return verdict;
+    if (pump->gathered.pieces != 0)
+        return client_fault(NB_REFUSE_PIECES);
+    if (entry->len < ETHERNET_HEADER)
+        return client_fault(NB_REFUSE_LENGTH);
+    book_forwarded(pump, (uint32_t)checked);
+    uint32_t number = number_of_forwarded(pump, (uint32_t)checked);
+    pump->tx_pieces[number] = (struct tx_piece){.next = NO_BUFFER, .bytes = entry->len, .pieces = 1};
+    send_whole(pump, &pump->pairs[entry->queue], number);
+    return 0;
+}
+
+/* ---- The rule, not the exception ------------------------------------------------------------------------------ */
+
+/* Where a frame goes of one piece and without a header, `buffer` of the ledger's region, if nothing is wrong with it,
+ * and nothing in its way. NULL: the longer way, which also finds out what is wrong. */
+static inline struct pump_pair *straight_way(struct nb_pump *pump, const struct nb_entry *entry, int64_t buffer,
+                                             uint32_t most)
+{
+    if (buffer < 0 || entry->kind != NB_TX_PACKET || entry->flags != 0 || entry->queue >= pump->config.pair_count ||
+        entry->len < ETHERNET_HEADER || entry->len > most || pump->gathered.pieces != 0)
+        return NULL;
+    struct pump_pair *pair = &pump->pairs[entry->queue];
+    return pair->backlog_first == NO_BUFFER && has_room_for(pair, 1) ? pair : NULL;
+}
+
+/* A copy in this slot. */
+static inline void add_copy(const struct nb_pump *pump, struct pump_pair *pair, uint32_t number, const uint8_t *frame,
+                            uint32_t len, uint32_t token)
+{
+    const struct nb_pump_config *config = &pump->config;
+    uint64_t slot = tx_slot_offset(number);
+    tx_slot_copy(config->tx_slots + slot, frame, len);
+    struct nb_segment segment = tx_slot_segment(config->tx_slots_iova + slot, config->net_header_bytes, len);
+    virtqueue_add(pair->tx_queue, &segment, 1, 0, token);
+}
+
+static inline void add_in_place(const struct nb_pump *pump, struct pump_pair *pair, uint64_t iova, uint32_t len,
+                                uint32_t token)
+{
+    const struct nb_pump_config *config = &pump->config;
+    const struct nb_segment segments[2] = {{config->tx_slots_iova, config->net_header_bytes}, {iova, len}};
+    virtqueue_add(pair->tx_queue, segments, 2, 0, token);
+}
+
 static inline bool send_simple(struct nb_pump *pump, struct nb_entry entry)
 {
     struct nb_ledger *ledger = pump->config.tx_ledger;
     int64_t checked = ledger_check(ledger, entry.dma_handle);
-    if (checked < 0 || entry.kind != NB_TX_PACKET || entry.flags != 0 || entry.queue >= pump->config.pair_count ||
-        entry.len < ETHERNET_HEADER || entry.len > ledger_room(ledger) || pump->gathered.pieces != 0)
-        return false;
-    struct pump_pair *pair = &pump->pairs[entry.queue];
-    if (pair->backlog_first != NO_BUFFER || !has_room_for(pair, 1))
+    struct pump_pair *pair = straight_way(pump, &entry, checked, ledger_room(ledger));
+    if (!pair)
         return false;
     uint32_t buffer = (uint32_t)checked;
     ledger_move(ledger, buffer, NB_OWNER_CLIENT, NB_OWNER_DEVICE);
-    const struct nb_pump_config *config = &pump->config;
-    if (entry.len <= config->tx_copied) {
-        uint64_t slot = tx_slot_offset(1 + buffer);
-        tx_slot_copy(config->tx_slots + slot, ledger_address(ledger, buffer) + ledger->region.headroom, entry.len);
-        struct nb_segment segment = tx_slot_segment(config->tx_slots_iova + slot, config->net_header_bytes, entry.len);
-        virtqueue_add(pair->tx_queue, &segment, 1, 0, buffer);
-        return true;
-    }
-    const struct nb_segment segments[2] = {{config->tx_slots_iova, config->net_header_bytes},
-                                           {ledger_iova(ledger, buffer) + ledger->region.headroom, entry.len}};
-    virtqueue_add(pair->tx_queue, segments, 2, 0, buffer);
+    if (entry.len <= pump->config.tx_copied)
+        add_copy(pump, pair, 1 + buffer, ledger_address(ledger, buffer) + ledger->region.headroom, entry.len, buffer);
+    else
+        add_in_place(pump, pair, ledger_iova(ledger, buffer) + ledger->region.headroom, entry.len, buffer);
     return true;
 }
+
+static inline bool forward_simple(struct nb_pump *pump, struct nb_entry entry)
+{
+    struct nb_ledger *ledger = pump->config.rx_ledger;
+    int64_t checked = ledger_check(ledger, entry.dma_handle);
+    struct pump_pair *pair = straight_way(pump, &entry, checked, pump->longest_forwarded);
+    if (!pair)
+        return false;
+    uint32_t buffer = (uint32_t)checked;
+    if (entry.len <= pump->config.tx_copied) {
+        add_copy(pump, pair, pair->first_slot + virtqueue_next_slot(pair->tx_queue),
+                 ledger_address(ledger, buffer) + ledger->region.headroom, entry.len, NO_BUFFER);
+        ledger_put_free(ledger, buffer);
+        pump_note_return(pump);
+        return true;
+    }
+    book_forwarded(pump, buffer);
+    add_in_place(pump, pair, ledger_iova(ledger, buffer) + ledger->region.headroom, entry.len,
+                 number_of_forwarded(pump, buffer));
+    return true;
+}
+
+static inline bool is_forwarded(uint64_t handle) { return handle_region(handle) == NB_REGION_RX; }
 
 /* Asks for the frame that an entry a little further on names, if it is to be copied: its client wrote it just now. A wrong
  * handle does no harm; it is looked at when its turn comes. */
 static inline void fetch_ahead(const struct nb_pump *pump, uint32_t position)
 {
-    const struct nb_ledger *ledger = pump->config.tx_ledger;
     const struct nb_entry *entry = ring_slot(&pump->config.tx_active, position + FETCHED_AHEAD);
-    uint32_t index = handle_index(load_once_64(&entry->dma_handle));
+    uint64_t handle = load_once_64(&entry->dma_handle);
+    const struct nb_ledger *ledger = is_forwarded(handle) ? pump->config.rx_ledger : pump->config.tx_ledger;
+    uint32_t index = handle_index(handle);
     if (index < ledger->region.count)
         __builtin_prefetch(ledger_address(ledger, index) + ledger->region.headroom);
 }
@@ -218,10 +304,11 @@ static inline void fetch_ahead(const struct nb_pump *pump, uint32_t position)
 static int send_by_the_piece(struct nb_pump *pump, uint32_t position)
 {
     struct nb_entry entry = ring_take(&pump->config.tx_active, &position);
-    int verdict = gather_entry(pump, &entry);
+    bool forwards = is_forwarded(entry.dma_handle);
+    int verdict = forwards ? forward(pump, &entry) : gather_entry(pump, &entry);
     if (verdict < 0 || entry.flags & NB_MORE)
         return verdict;
-    verdict = finish_sent(pump);
+    verdict = forwards ? 0 : finish_sent(pump);
     return verdict < 0 ? verdict : 1;
 }
 
@@ -242,7 +329,8 @@ int pump_transmit(struct nb_pump *pump)
         uint32_t next = position;
         if (copies && taken + FETCHED_AHEAD < waiting)
             fetch_ahead(pump, position);
-        if (send_simple(pump, ring_take(&ring, &next)))
+        struct nb_entry entry = ring_take(&ring, &next);
+        if (is_forwarded(entry.dma_handle) ? forward_simple(pump, entry) : send_simple(pump, entry))
             frames++;
         else if (!pump_can_transmit(pump))
             break;
@@ -263,59 +351,4 @@ int pump_transmit(struct nb_pump *pump)
             pump_notify(pump, pump->pairs[i].tx_queue);
     }
     return verdict < 0 ? verdict : (int)(moved + taken);
-}
-
-/* ---- Back to the client --------------------------------------------------------------------------------------- */
-
-static inline void acknowledge(struct nb_pump *pump, uint32_t buffer)
-{
-    ring_put(&pump->config.tx_done, &pump->tx_done_put,
-             (struct nb_entry){
-                 .dma_handle = ledger_lend(pump->config.tx_ledger, buffer),
-                 .len = ledger_room(pump->config.tx_ledger),
-                 .kind = NB_TX_PACKET_ACK,
-             });
-}
-
-void pump_acknowledge(struct nb_pump *pump, uint32_t buffer) { acknowledge(pump, buffer); }
-
-static inline void acknowledge_frame(struct nb_pump *pump, uint32_t token)
-{
-    if (!(token & HAS_MORE_PIECES)) {
-        acknowledge(pump, token);
-        return;
-    }
-    for (uint32_t buffer = token & ~(uint32_t)HAS_MORE_PIECES, next; buffer != NO_BUFFER; buffer = next) {
-        next = pump->tx_pieces[buffer].next;
-        pump->tx_pieces[buffer].next = NO_BUFFER;
-        acknowledge(pump, buffer);
-    }
-}
-
-void pump_acknowledge_frame(struct nb_pump *pump, uint32_t token) { acknowledge_frame(pump, token); }
-
-int pump_complete(struct nb_pump *pump, struct pump_pair *pair)
-{
-    struct nb_counters *counters = pump->config.counters;
-    int completed = virtqueue_completed(pair->tx_queue);
-    if (completed <= 0)
-        return completed < 0 ? device_fault(-1 - completed) : 0;
-    uint64_t bytes = 0; /* with their headers */
-    int taken = 0, last = 1;
-    while (taken < completed && last > 0) {
-        struct nb_used used[TAKEN_AT_ONCE];
-        int most = completed - taken < TAKEN_AT_ONCE ? completed - taken : TAKEN_AT_ONCE;
-        int got = virtqueue_take_burst(pair->tx_queue, used, most, &bytes, &last);
-        for (int i = 0; i < got; i++)
-            acknowledge_frame(pump, used[i].buffer);
-        taken += got;
-    }
-    if (taken) {
-        bytes -= (uint64_t)taken * pump->config.net_header_bytes;
-        pair->completed += (uint32_t)taken;
-        count(&counters->packets_tx, (uint64_t)taken);
-        count(&counters->bytes_tx, bytes);
-        ring_publish(&pump->config.tx_done, pump->tx_done_put);
-    }
-    return last < 0 ? device_fault(-1 - last) : taken;
 }

@@ -34,6 +34,9 @@ static inline bool virtqueue_is_half_empty(const struct nb_virtqueue *queue)
 /* Chains that were added and have not come back. */
 static inline uint32_t virtqueue_in_flight(const struct nb_virtqueue *queue) { return queue->chains_in_flight; }
 
+/* A number below `size` that the next chain will have to itself as long as it is in flight. */
+static inline uint32_t virtqueue_next_slot(const struct nb_virtqueue *queue) { return queue->free_head; }
+
 /* Adds a chain: `readable` segments that the device reads, then `writable` ones that it writes; one at least. Only while
  * virtqueue_has_room(). The device sees nothing of it before virtqueue_show() or virtqueue_publish(). `token` comes back
  * in nb_used.buffer. */

@@ -28,7 +28,9 @@
 
 enum { BUFFERS = 1024, STRIDE = 2048, HEADROOM = 64, BURST = 64, SHORTEST = 60, TEMPLATE_BYTES = 42, LONGEST = 1984, WAKES = 2000, IN_FLIGHT = 32 };
 
-#define RING_BYTES (sizeof(struct nb_ring_header) + BUFFERS * sizeof(struct nb_entry))
+/* tx_active, the third, may have all buffers of both regions in it. */
+enum { RINGS = 4, TX_ACTIVE = 2 };
+#define RING_BYTES(slots) (sizeof(struct nb_ring_header) + (slots) * sizeof(struct nb_entry))
 
 enum kind { ONEWAY, ECHO, WAKE };
 
@@ -96,7 +98,8 @@ static void let_it_sleep(void)
 
 static struct nb_ring_place ring_at(int which)
 {
-    return (struct nb_ring_place){(struct nb_ring_header *)(rings + (size_t)which * RING_BYTES), BUFFERS};
+    size_t before = (size_t)which * RING_BYTES(BUFFERS) + (which > TX_ACTIVE ? BUFFERS * sizeof(struct nb_entry) : 0);
+    return (struct nb_ring_place){(struct nb_ring_header *)(rings + before), which == TX_ACTIVE ? 2 * BUFFERS : BUFFERS};
 }
 
 static const uint8_t template[TEMPLATE_BYTES] = {0x02, 0, 0, 0, 0, 1, 0x02, 0, 0, 0, 0, 2, 0x88, 0xb5};
@@ -279,7 +282,7 @@ int main(int argc, char **argv)
     enum kind kind = !strcmp(argv[2], "wake") ? WAKE : !strcmp(argv[2], "echo") ? ECHO : ONEWAY;
     duration_ns = (uint64_t)atoi(argv[4]) * 1000000;
     shared = map_shared(sizeof(*shared));
-    rings = map_shared(4 * RING_BYTES);
+    rings = map_shared(RINGS * RING_BYTES(2 * BUFFERS));
     rx_base = map_shared((size_t)BUFFERS * STRIDE);
     tx_base = map_shared((size_t)BUFFERS * STRIDE);
     bool is_port = !strcmp(what, "port");

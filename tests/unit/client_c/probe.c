@@ -99,7 +99,26 @@ static void obey(struct netbridge *port)
             result = received[number].flags;
         else if (!strcmp(word, "release"))
             result = netbridge_release(port, received, number);
-        else if (!strcmp(word, "allocate"))
+        else if (!strcmp(word, "writable"))
+            result = netbridge_rx_writable(port);
+        else if (!strcmp(word, "forward"))
+            result = netbridge_forward(port, received, number);
+        else if (!strcmp(word, "forward_twice")) {
+            struct netbridge_piece twice[] = {received[0], received[0]};
+            result = netbridge_forward(port, twice, 2);
+        } else if (!strcmp(word, "forward_allocated"))
+            result = netbridge_forward(port, allocated, number);
+        else if (!strcmp(word, "received_length"))
+            result = (received[0].len = number) < 1 << 30 ? 0 : -1;
+        else if (!strcmp(word, "received_queue"))
+            result = (received[0].queue = (uint8_t)number);
+        else if (!strcmp(word, "received_flag"))
+            result = (received[0].flags = (uint8_t)number);
+        else if (!strcmp(word, "overwrite")) {
+            for (int i = 0; i < here; i++)
+                memset(received[i].data, (int)number, received[i].len);
+            result = here;
+        } else if (!strcmp(word, "allocate"))
             result = spare = netbridge_allocate(port, allocated, number);
         else if (!strcmp(word, "length"))
             result = (allocated[0].len = number) < 1 << 30 ? 0 : -1;

@@ -250,7 +250,7 @@ class World:
         self.tx_memory = ffi.new("uint8_t[]", tx_count * STRIDE)
         self.rx_bytes, self.tx_bytes = ffi.buffer(self.rx_memory), ffi.buffer(self.tx_memory)
         self.rx_active, self.rx_free = Ring(rx_count), Ring(rx_count)
-        self.tx_active, self.tx_done = Ring(tx_count), Ring(tx_count)
+        self.tx_active, self.tx_done = Ring(rx_count + tx_count), Ring(tx_count)
         self.counters = ffi.new("struct nb_counters *")
         self.rx_ledger = self._ledger(self.rx_memory, RX_IOVA, rx_count, RX, session)
         self.tx_ledger = self._ledger(self.tx_memory, TX_IOVA, tx_count, TX, session)

@@ -112,7 +112,7 @@ static void client_lie(struct world *world)
 static void client_move(struct world *world, struct nb_piece *held, uint32_t *count)
 {
     struct nb_piece piece;
-    switch (draw() % 6) {
+    switch (draw() % 7) {
     case 0:
     case 1: {
         int received = nb_client_receive(&world->client, held + *count, 128 - *count);
@@ -133,6 +133,15 @@ static void client_move(struct world *world, struct nb_piece *held, uint32_t *co
             piece.len = one_in(20) ? odd_number() : SHORTEST + draw() % (ROOM - SHORTEST + 1);
             piece.flags = 0;
             nb_client_send(&world->client, &piece, 1);
+        }
+        break;
+    case 5:
+        if (*count) {
+            uint32_t pick = draw() % *count;
+            if (one_in(20))
+                held[pick].len = odd_number();
+            nb_client_forward(&world->client, &held[pick], 1); /* a piece of a longer frame it may not */
+            held[pick] = held[--*count];
         }
         break;
     default:
@@ -158,6 +167,7 @@ static void live_and_lie(uint64_t seed)
                            .max_pieces = one_in(2) ? 1 : 1 + draw() % 64,
                            .client_limit = 1 + draw() % 64,
                            .burst = 1 + draw() % 64,
+                           .tx_copied = one_in(2) ? 0 : NB_TX_MOST_COPIED,
                            .ring_position = one_in(2) ? 0 : -(draw() % 64),
                            .queue_index = (uint16_t)(one_in(2) ? 0 : -(draw() % 64)),
                        });

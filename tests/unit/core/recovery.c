@@ -257,6 +257,37 @@ TEST(queues_that_do_not_suit_the_session_are_refused)
     world_close(&world);
 }
 
+/* Forwarded frames: completed, in flight in two ways, and in the backlog of one pair while the other goes on. */
+TEST(frames_that_were_being_forwarded_are_lost_and_their_buffers_are_not)
+{
+    struct world world;
+    world_open(&world, (struct world_config){.tx_size = 8, .tx_copied = NB_TX_MOST_COPIED, .client_limit = 100});
+    for (uint64_t i = 0; i < 20; i++) {
+        uint32_t len = i % 2 ? 1000 : 60;
+        deliver(&world, i, len);
+        world_pump_idle(&world);
+        struct nb_piece piece = receive_one(&world, i, len);
+        nb_client_forward(&world.client, &piece, 1);
+    }
+    world_pump_idle(&world);
+    transmit_one(&world, 0, 60);
+    uint32_t lost = nb_virtqueue_in_flight(world.tx_queue) - 1;
+    CHECK(lost >= 4);
+    uint32_t waiting = nb_ledger_owned(world.rx_ledger, NB_OWNER_CLIENT);
+    expect_recovery(&world, lost);
+    CHECK_EQ(world.counters.packets_tx, 1);
+    CHECK_EQ(nb_ledger_owned(world.rx_ledger, NB_OWNER_CLIENT), waiting);
+    /* Those that had not been taken from the client are sent now. */
+    world_pump_idle(&world);
+    for (uint64_t i = 20 - waiting; i < 20; i++) {
+        transmit_one(&world, i, i % 2 ? 1000 : 60);
+        world_pump_idle(&world);
+    }
+    CHECK_EQ(nb_ledger_owned(world.rx_ledger, NB_OWNER_CLIENT), 0);
+    expect_traffic(&world);
+    world_close(&world);
+}
+
 /* ---- A device that is stuck ------------------------------------------------------------------------------------ */
 
 enum { STALL_MS = 20 };

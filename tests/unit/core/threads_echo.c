@@ -38,6 +38,21 @@ TEST(echo_with_short_frames_copied)
                  (struct traffic_config){.frames = 6000, .window = 60, .burst = 16, .scrambled = true});
 }
 
+/* The echo changes frames where they are and forwards them; it has no TX buffer that would do. */
+TEST(echo_that_forwards)
+{
+    echo_through((struct world_config){.rx_writable = true, .tx_copied = NB_TX_MOST_COPIED},
+                 (struct traffic_config){.frames = 6000, .window = 60, .burst = 16, .scrambled = true});
+    echo_through((struct world_config){.rx_writable = true},
+                 (struct traffic_config){.frames = 6000, .window = 60, .burst = 16});
+}
+
+TEST(echo_that_forwards_with_queues_shorter_than_the_burst)
+{
+    echo_through((struct world_config){.rx_writable = true, .rx_size = 4, .tx_size = 4, .rx_count = 32, .tx_count = 1},
+                 (struct traffic_config){.frames = 5000, .window = 30, .burst = 30});
+}
+
 TEST(echo_of_every_length_with_intx)
 {
     echo_through((struct world_config){.intx = true}, (struct traffic_config){.frames = 6000, .window = 60, .burst = 16});
@@ -149,5 +164,26 @@ TEST(no_wake_up_is_lost_with_delays_and_few_buffers)
 {
     turn_delays_on();
     echo_through((struct world_config){.rx_size = 2, .tx_size = 2, .rx_count = 2, .tx_count = 1},
+                 (struct traffic_config){.frames = 3000, .window = 3, .burst = 2, .fixed_length = 60, .delays = true});
+}
+
+/* The device is short of buffers, and what it waits for comes back by itself when it has sent something. */
+TEST(no_wake_up_is_lost_with_delays_while_forwarding)
+{
+    turn_delays_on();
+    echo_through((struct world_config){.rx_writable = true, .rx_size = 2, .tx_size = 2, .rx_count = 2, .tx_count = 1},
+                 (struct traffic_config){.frames = 3000, .window = 3, .burst = 2, .fixed_length = 60, .delays = true});
+}
+
+/* The same, and it comes back at once. */
+TEST(no_wake_up_is_lost_with_delays_while_copies_are_forwarded)
+{
+    turn_delays_on();
+    echo_through((struct world_config){.rx_writable = true,
+                                       .tx_copied = NB_TX_MOST_COPIED,
+                                       .rx_size = 2,
+                                       .tx_size = 2,
+                                       .rx_count = 2,
+                                       .tx_count = 1},
                  (struct traffic_config){.frames = 3000, .window = 3, .burst = 2, .fixed_length = 60, .delays = true});
 }

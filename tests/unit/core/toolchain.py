@@ -27,7 +27,7 @@ FLAGS = ("-std=gnu11", "-g", "-Wall", "-Wextra", "-Werror", "-pthread")
 LINK_FLAGS = ("-Wl,--wrap=epoll_wait,--wrap=poll,--wrap=eventfd_write",)
 
 # Not compiled by themselves: a file in the tests' directory includes them, to see their inside.
-INCLUDED_ELSEWHERE = {"pump.c", "receive.c", "transmit.c", "wake.c", "client.c"}
+INCLUDED_ELSEWHERE = {"pump.c", "receive.c", "transmit.c", "complete.c", "wake.c", "client.c"}
 # What every test program needs besides its cases.
 SUPPORT = (
     "check",

@@ -4,6 +4,7 @@
 #include "pump.c"
 #include "receive.c"
 #include "transmit.c"
+#include "complete.c"
 #include "wake.c"
 
 #include "white_box.h"
@@ -108,6 +109,7 @@ struct holdings {
     const struct nb_ledger *ledger;
     bool *seen;
     uint32_t count;
+    uint32_t forwarded; /* of them, to be sent */
 };
 
 static const char *hold(struct holdings *holdings, uint32_t buffer)
@@ -124,16 +126,22 @@ static const char *hold(struct holdings *holdings, uint32_t buffer)
 }
 
 /* A frame to send, by its first piece. */
-static const char *hold_frame(struct holdings *holdings, const struct nb_pump *pump, uint32_t first)
+static const char *hold_frame(struct holdings *rx, struct holdings *tx, const struct nb_pump *pump, uint32_t first)
 {
+    uint32_t tx_count = tx->ledger->region.count;
+    if (first < NO_BUFFER && first >= tx_count) {
+        rx->forwarded++;
+        return hold(rx, first - tx_count);
+    }
     const char *wrong = NULL;
     for (uint32_t buffer = first; buffer != NO_BUFFER && !wrong; buffer = pump->tx_pieces[buffer].next)
-        wrong = hold(holdings, buffer);
+        wrong = hold(tx, buffer);
     return wrong;
 }
 
-static const char *hold_queue(struct holdings *holdings, const struct nb_pump *pump, const struct nb_virtqueue *queue,
-                              bool sends)
+/* `tx`: NULL for a queue that receives. */
+static const char *hold_queue(struct holdings *rx, struct holdings *tx, const struct nb_pump *pump,
+                              const struct nb_virtqueue *queue)
 {
     uint32_t chains = 0, descriptors = 0;
     const char *wrong = NULL;
@@ -143,7 +151,8 @@ static const char *hold_queue(struct holdings *holdings, const struct nb_pump *p
             continue;
         chains++;
         descriptors += slot->length;
-        wrong = sends ? hold_frame(holdings, pump, slot->buffer & ~(uint32_t)HAS_MORE_PIECES) : hold(holdings, slot->buffer);
+        uint32_t first = slot->buffer == NO_BUFFER ? NO_BUFFER : slot->buffer & ~(uint32_t)HAS_MORE_PIECES;
+        wrong = tx ? hold_frame(rx, tx, pump, first) : hold(rx, slot->buffer);
     }
     if (wrong)
         return wrong;
@@ -162,14 +171,14 @@ static const char *hold_queue(struct holdings *holdings, const struct nb_pump *p
 static const char *hold_pair(struct holdings *rx, struct holdings *tx, const struct nb_pump *pump,
                              const struct pump_pair *pair)
 {
-    const char *wrong = hold_queue(rx, pump, pair->rx_queue, false);
+    const char *wrong = hold_queue(rx, NULL, pump, pair->rx_queue);
     if (!wrong)
-        wrong = hold_queue(tx, pump, pair->tx_queue, true);
+        wrong = hold_queue(rx, tx, pump, pair->tx_queue);
     for (uint32_t i = 0; i < pair->pieces_gathered && !wrong; i++)
         wrong = hold(rx, pair->pieces[i].buffer);
     uint32_t first = pair->backlog_first;
     while (first != NO_BUFFER && !wrong) {
-        wrong = hold_frame(tx, pump, first);
+        wrong = hold_frame(rx, tx, pump, first);
         first = pump->tx_pieces[first].following;
     }
     return wrong;
@@ -181,9 +190,11 @@ static const char *audit_holdings(const struct nb_pump *pump, struct holdings *r
     for (uint32_t i = 0; i < pump->config.pair_count && !wrong; i++)
         wrong = hold_pair(rx, tx, pump, &pump->pairs[i]);
     if (!wrong && pump->gathered.pieces)
-        wrong = hold_frame(tx, pump, pump->gathered.first);
+        wrong = hold_frame(rx, tx, pump, pump->gathered.first);
     if (!wrong && (rx->count != rx->ledger->owned[NB_OWNER_DEVICE] || tx->count != tx->ledger->owned[NB_OWNER_DEVICE]))
         wrong = "the device owns buffers that are in no queue";
+    if (!wrong && pump->rx_may_hold != pump->config.rx_client_limit - rx->forwarded)
+        wrong = "what the client may hold is not its limit without what it forwards";
     return wrong;
 }
 
@@ -194,8 +205,8 @@ const char *white_box_audit(const struct nb_pump *pump)
         wrong = audit_ledger(pump->config.tx_ledger);
     if (wrong)
         return wrong;
-    struct holdings rx = {pump->config.rx_ledger, calloc(pump->config.rx_ledger->region.count, sizeof(bool)), 0};
-    struct holdings tx = {pump->config.tx_ledger, calloc(pump->config.tx_ledger->region.count, sizeof(bool)), 0};
+    struct holdings rx = {pump->config.rx_ledger, calloc(pump->config.rx_ledger->region.count, sizeof(bool)), 0, 0};
+    struct holdings tx = {pump->config.tx_ledger, calloc(pump->config.tx_ledger->region.count, sizeof(bool)), 0, 0};
     wrong = audit_holdings(pump, &rx, &tx);
     free(rx.seen);
     free(tx.seen);

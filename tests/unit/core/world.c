@@ -154,18 +154,20 @@ static void open_memory(struct world *world)
     world->tx_config = queue_config(config, 1, config->tx_size, TX_QUEUE_IOVA, &world->tx_notify);
     CHECK_EQ(nb_virtqueue_layout(&world->rx_config, &world->rx_layout), 0);
     CHECK_EQ(nb_virtqueue_layout(&world->tx_config, &world->tx_layout), 0);
-    world->rx = share_memory((uint64_t)config->rx_count * STRIDE, READ, READ_WRITE, READ);
+    int client_rights = config->rx_writable ? READ_WRITE : READ;
+    world->rx = share_memory((uint64_t)config->rx_count * STRIDE, READ, READ_WRITE, client_rights);
     /* What is in front of a frame is the driver's to read only if it may be a header. */
     bool offers = config->offloads & TX_OFFLOADS, reads = offers || config->tx_copied;
     world->tx = share_memory((uint64_t)config->tx_count * STRIDE, reads ? READ : NOT_AT_ALL, READ, READ_WRITE);
-    uint64_t headers = NB_TX_SLOT_BYTES * (uint64_t)(reads ? 1 + config->tx_count : 1);
-    world->header = share_memory(headers, reads ? READ_WRITE : NOT_AT_ALL, READ, NOT_AT_ALL);
+    uint64_t slots = 1 + (reads ? config->tx_count : 0) + (config->tx_copied ? config->pairs * config->tx_size : 0);
+    world->header = share_memory(slots * NB_TX_SLOT_BYTES, reads ? READ_WRITE : NOT_AT_ALL, READ, NOT_AT_ALL);
     world->rx_memory = share_memory(world->rx_layout.bytes, READ_WRITE, READ_WRITE, NOT_AT_ALL);
     world->tx_memory = share_memory(world->tx_layout.bytes, READ_WRITE, READ_WRITE, NOT_AT_ALL);
     world->rx_config.memory = world->rx_memory.driver;
     world->tx_config.memory = world->tx_memory.driver;
     for (int i = 0; i < 4; i++) {
-        uint32_t slots = slots_for(i < TX_ACTIVE ? config->rx_count : config->tx_count);
+        uint32_t rx = i == TX_DONE ? 0 : config->rx_count, tx = i < TX_ACTIVE ? 0 : config->tx_count;
+        uint32_t slots = slots_for(rx + tx);
         world->rings[i] = share_memory(sizeof(struct nb_ring_header) + slots * sizeof(struct nb_entry), READ_WRITE, NOT_AT_ALL,
                                 READ_WRITE);
     }
@@ -394,6 +396,7 @@ static void open_client(struct world *world)
         .tx_done = place_ring(world, TX_DONE, true),
         .rx_base = world->rx.client,
         .tx_base = world->tx.client,
+        .rx_writable = world->config.rx_writable,
         .rx_count = world->config.rx_count,
         .tx_count = world->config.tx_count,
         .rx_stride = STRIDE,

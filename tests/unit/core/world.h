@@ -1,10 +1,11 @@
 /* A world for the core to live in: memory for three parties that hold each other to their rights, a fake device, a pump
  * and a client.
  *
- * Driver, device and client each have mappings of their own, with the rights they have in a real session: the driver only
- * reads RX buffers (the header) and cannot see TX buffers at all unless it may have to copy from them, the client only reads RX buffers, the device only reads
- * TX buffers. Inaccessible pages lie around every mapping, and AddressSanitizer guards what is left between. Under
- * ThreadSanitizer all share one mapping, since it knows memory by its virtual address.
+ * Driver, device and client each have mappings of their own, with the rights they have in a real session: the driver
+ * only reads RX buffers (the header) and cannot see TX buffers at all unless it may have to copy from them, the client
+ * only reads RX buffers unless it is to be let change them, the device only reads TX buffers. Inaccessible pages lie
+ * around every mapping, and AddressSanitizer guards what is left between. Under ThreadSanitizer all share one mapping,
+ * since it knows memory by its virtual address.
  */
 #ifndef WORLD_H
 #define WORLD_H
@@ -42,6 +43,7 @@ struct world_config {
     bool intx;                /* [MSI-X] */
     bool kicks;               /* notifications by eventfd */
     bool one_vector;          /* both queues on one vector */
+    bool rx_writable;         /* the client may change received frames [it can only read them] */
     bool doorbell_is_bare;    /* the client has the driver's eventfd itself [an epoll instance around it] */
 };
 

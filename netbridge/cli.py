@@ -201,6 +201,7 @@ def _run(options: argparse.Namespace) -> int:
         stall_ms=options.stall_ms,
         queue_reset=options.queue_reset,
         rx_read_only=granted.mem_share == "ro",
+        tx_header_with_frame=manifest.tx_header == "with-frame",
         share=granted.mem_share is not None,
     )
     counters_path = options.counters or f"{options.socket}.counters"

@@ -66,7 +66,8 @@ class Settings:
     `spin_us`: how long the pump polls at most after the last frame before it sleeps, microseconds. `queue_pairs`: how
     many to use if the device has as many. `stall_ms`: a device that has frames to send and sends none for so long, in
     milliseconds, is taken for stuck and reset (0: never). `queue_reset`: of such a device only the queue, if it can and
-    that helps. `rx_read_only`: the client may only read received frames.
+    that helps. `rx_read_only`: the client may only read received frames. `tx_header_with_frame`: it is trusted with the
+    header of a sent frame that asks for nothing, which then takes no descriptor of its own.
     `share`: frame memory may be given to a client at all, without which every client is turned away.
     """
 
@@ -80,6 +81,7 @@ class Settings:
         stall_ms: int = STALL_MS,
         queue_reset: bool = False,
         rx_read_only: bool = False,
+        tx_header_with_frame: bool = False,
         share: bool = True,
     ) -> None:
         self.rx_buffers = rx_buffers
@@ -89,6 +91,7 @@ class Settings:
         self.stall_ms = stall_ms
         self.queue_reset = queue_reset
         self.rx_read_only = rx_read_only
+        self.tx_header_with_frame = tx_header_with_frame
         self.share = share
 
     def as_dict(self) -> dict[str, int]:
@@ -217,6 +220,7 @@ class Session:
         config.tx_slots = ffi.cast("uint8_t *", net.tx_slots.address)
         config.tx_slots_iova = net.tx_slots.iova
         config.tx_copied = lib.NB_TX_MOST_COPIED
+        config.tx_header_with_frame = self._settings.tx_header_with_frame
         config.offloads = net.offloads
         config.net_header_bytes = net.facts.header_bytes
         config.rx_max_pieces = MAX_MERGED_BUFFERS if net.negotiation.has(features.MRG_RXBUF) else 1

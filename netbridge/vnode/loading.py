@@ -67,6 +67,7 @@ def _manifest(values: dict[str, Any], line: int, file: str) -> Manifest:
         ),
         metrics=tuple(values["observability"]["metrics"]),
         without=tuple(values["device"]["without"]),
+        tx_header=values["device"]["tx_header"],
         path=file,
     )
 

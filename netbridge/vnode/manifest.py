@@ -37,6 +37,7 @@ class Manifest(NamedTuple):
     mounts: tuple[Mount, ...]
     metrics: tuple[str, ...]
     without: tuple[str, ...]  # virtio features that are not used, by name
+    tx_header: str  # of a sent frame: "apart" or "with-frame"
     path: str  # the file this was read from
 
     @classmethod

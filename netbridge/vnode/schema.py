@@ -283,7 +283,7 @@ MANIFEST: Final = Section(
         Key(
             name="device",
             means="how the device is used",
-            default={"without": []},
+            default={"without": [], "tx_header": "apart"},
             shape=Section(
                 keys=(
                     Key(
@@ -291,6 +291,18 @@ MANIFEST: Final = Section(
                         means="virtio features that are not used, even where the device offers them",
                         default=[],
                         shape=ListOf(item=FEATURE),
+                    ),
+                    Key(
+                        name="tx_header",
+                        means="where the virtio header of a sent frame is",
+                        default="apart",
+                        shape=Choice(
+                            words={
+                                "apart": "in memory that no service reaches, in a descriptor of its own",
+                                "with-frame": "in front of the frame, in one descriptor: faster, and the service can "
+                                "change it until the device has read it",
+                            }
+                        ),
                     ),
                 )
             ),

@@ -106,9 +106,10 @@ class FrontEnd:
         self._transport.set_up_queue(index, QueueSetup(QUEUE, *areas, vector=0xFFFF))
         return _address(queue)
 
-    def start(self, kind: str, length: int) -> None:
-        """`kind`: transmit, receive or echo; `length` of the frames that are generated, bytes."""
-        self._load.start(kind, length, self._processor)
+    def start(self, kind: str, length: int, *, header_with_frame: bool) -> None:
+        """`kind`: transmit, receive or echo; `length` of the frames that are generated, bytes; `header_with_frame`:
+        their header is in front of them in their buffer."""
+        self._load.start(kind, length, self._processor, header_with_frame=header_with_frame)
 
     def stop(self) -> int:
         """Frames that the load moved. Raises RuntimeError when the back-end did what none may."""

@@ -26,6 +26,7 @@ class _Load(ctypes.Structure):
         ("slots", ctypes.c_void_p),
         ("slots_iova", ctypes.c_uint64),
         ("copied", ctypes.c_uint32),
+        ("with_frame", ctypes.c_int32),
         ("merges", ctypes.c_int32),
         ("exchanges", ctypes.c_int32),
         ("stop", ctypes.c_int32),
@@ -79,8 +80,9 @@ class Load:
         call.restype = ctypes.c_int64
         return int(call(ctypes.byref(self._load)))
 
-    def start(self, kind: str, length: int, processor: int) -> None:
-        """`run` in a thread on that processor."""
+    def start(self, kind: str, length: int, processor: int, *, header_with_frame: bool) -> None:
+        """`run` in a thread on that processor. `header_with_frame`: frames that are generated have their header in
+        front of them in their buffer."""
 
         def body() -> None:
             os.sched_setaffinity(0, {processor})
@@ -88,7 +90,7 @@ class Load:
                 os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), -20)
             self._result = self.run(kind, length)
 
-        self._result = 0
+        self._result, self._load.with_frame = 0, header_with_frame
         self._thread = threading.Thread(target=body)
         self._thread.start()
 

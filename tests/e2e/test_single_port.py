@@ -160,16 +160,20 @@ class TestInService:
         assert {name for name in ours if name not in theirs} <= {"ACCESS_PLATFORM", "RING_RESET", "SPEED_DUPLEX"}
 
 
-def test_jumbo_frames_in_one_buffer_each(port: Guest, wire: Wire) -> None:
-    """Buffer scatter turned off, by the manifest: every receive buffer holds a whole frame."""
-    manifest = testbed.manifest(testbed.nics(port)[0][0]) + "device:\n  without: [MRG_RXBUF]\n"
+@pytest.mark.parametrize("header", ["apart", "with-frame"])
+def test_jumbo_frames_in_one_buffer_each(port: Guest, wire: Wire, header: str) -> None:
+    """Buffer scatter turned off, by the manifest: every receive buffer holds a whole frame. And the header of what is
+    sent in either of its places."""
+    device = f"device:\n  without: [MRG_RXBUF]\n  tx_header: {header}\n"
+    manifest = testbed.manifest(testbed.nics(port)[0][0]) + device
     with testbed.running(port, vnode=manifest) as bed:
         rows = {row["name"]: row for row in shown(port)["features"]}  # type: ignore[attr-defined]
         assert rows["MRG_RXBUF"]["note"] == "turned off"
         assert "MRG_RXBUF" not in agreed_by_qemu(port)
         before = used(port, 0)
         frames = [
-            frame(bed.mac, size, number) for number, size in enumerate([RUNT, 60, 1514, 1515, 2048, LONGEST] * 20)
+            frame(bed.mac, size, number)
+            for number, size in enumerate([RUNT, 60, 192, 193, 1514, 1515, 2048, LONGEST] * 20)
         ]
         echoed(wire, frames)
         assert (used(port, 0) - before) % 65536 == len(frames), "one buffer each"

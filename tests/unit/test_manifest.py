@@ -96,6 +96,7 @@ def test_example_says_what_is_printed() -> None:
         mounts=(),
         metrics=("packets_rx", "packets_tx", "irq_latency_ns"),
         without=(),
+        tx_header="apart",
         path=str(EXAMPLE),
     )
     assert isinstance(Manifest.find("net-bridge").capabilities.irq, Intx)
@@ -105,7 +106,7 @@ def test_example_says_what_is_printed() -> None:
 def test_what_is_left_out_has_the_documented_default() -> None:
     manifest = parse(BASE)
     assert (manifest.maintainer, manifest.mode, manifest.max_cpu_share) == ("", "strict", 1.0)
-    assert (manifest.mounts, manifest.metrics, manifest.without) == ((), (), ())
+    assert (manifest.mounts, manifest.metrics, manifest.without, manifest.tx_header) == ((), (), (), "apart")
     assert manifest.entrypoint_path == "bin/net-bridge.vnode"
     assert parse(BASE + "storage: {}\nobservability: {}\ndevice: {}\n") == manifest
 
@@ -183,6 +184,13 @@ def test_mounts() -> None:
 def test_any_feature_but_the_required_can_be_turned_off(name: str) -> None:
     assert parse(BASE + f"device:\n  without: [{name}]\n").without == (name,)
     select(off=[name])
+
+
+def test_a_service_may_be_trusted_with_the_header_of_what_it_sends() -> None:
+    manifest = parse(BASE + "device:\n  tx_header: with-frame\n")
+    assert manifest.tx_header == "with-frame"
+    assert Manifest.from_dict(manifest.as_dict()) == manifest
+    assert "the service can change them until the device has read them" in check.summary(manifest)
 
 
 @pytest.mark.parametrize("share", ["0.05", "1", "1.0", ".5", "5e-2"])
@@ -568,6 +576,7 @@ limits
   CPU                  5 % of one CPU
   file system          nothing
   features off         none
+  headers              of sent frames apart, out of the service's reach
   metrics              packets_rx, packets_tx, irq_latency_ns
 """
     )

@@ -283,6 +283,8 @@ struct nb_pump_config {
     uint64_t tx_slots_iova;
     uint32_t tx_copied; /* frames up to so many bytes take one descriptor, for a copy behind its header (tx_slot.h);
                          * NB_TX_MOST_COPIED at most. 0: none is copied */
+    uint32_t tx_header_with_frame; /* not 0: the client is trusted with the header of a frame that is in one piece and asks
+                                    * for nothing: zeroes in front of it, in its buffer, and one descriptor for both */
     uint64_t offloads;         /* 1 << enum nb_offload: what device and client agreed on */
     uint32_t net_header_bytes; /* in front of every frame, both ways */
     uint32_t rx_max_pieces;    /* buffers one received frame may span; 1: MRG_RXBUF was not agreed */

@@ -181,18 +181,18 @@ static bool headers_are_consistent(const struct nb_pump_config *config)
     bool merge_header_is_valid = config->net_header_bytes >= NB_NET_HEADER_BYTES &&
                                  ((uintptr_t)rx->base + rx->headroom - config->net_header_bytes) % 2 == 0 &&
                                  rx->stride % 2 == 0;
-    /* What a client may put in front of a frame is read in words of 32 bits. */
-    bool offers = config->offloads & TX_OFFLOADS;
-    bool offered_header_is_valid = config->net_header_bytes == NB_NET_HEADER_BYTES && config->tx_slots &&
-                                   tx->headroom >= NB_NET_HEADER_BYTES &&
-                                   ((uintptr_t)tx->base + tx->headroom) % 4 == 0 && tx->stride % 4 == 0;
+    /* What may be in front of a frame in its buffer is read in words of 32 bits. */
+    bool looks_there = config->offloads & TX_OFFLOADS || config->tx_header_with_frame;
+    bool header_there_is_valid = config->net_header_bytes == NB_NET_HEADER_BYTES && config->tx_slots &&
+                                 tx->headroom >= NB_NET_HEADER_BYTES &&
+                                 ((uintptr_t)tx->base + tx->headroom) % 4 == 0 && tx->stride % 4 == 0;
     /* Whole lines are copied, whatever the frame's length. */
     bool copies = config->tx_copied != 0;
     bool copy_is_valid = config->tx_slots && config->tx_copied <= NB_TX_MOST_COPIED &&
                          ledger_room(config->tx_ledger) >= NB_TX_MOST_COPIED &&
                          ledger_room(config->rx_ledger) >= NB_TX_MOST_COPIED;
     return config->net_header_bytes <= rx->headroom && config->net_header_bytes <= NB_NET_HEADER_BYTES &&
-           (!merges || merge_header_is_valid) && (!offers || offered_header_is_valid) && (!copies || copy_is_valid);
+           (!merges || merge_header_is_valid) && (!looks_there || header_there_is_valid) && (!copies || copy_is_valid);
 }
 
 static bool pairs_are_consistent(const struct nb_pump_config *config)

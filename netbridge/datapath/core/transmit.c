@@ -240,11 +240,19 @@ static inline void add_copy(const struct nb_pump *pump, struct pump_pair *pair, 
     virtqueue_add(pair->tx_queue, &segment, 1, 0, token);
 }
 
-static inline void add_in_place(const struct nb_pump *pump, struct pump_pair *pair, uint64_t iova, uint32_t len,
-                                uint32_t token)
+static inline void add_in_place(const struct nb_pump *pump, struct pump_pair *pair, const struct nb_ledger *ledger,
+                                uint32_t buffer, uint32_t len, uint32_t token)
 {
     const struct nb_pump_config *config = &pump->config;
-    const struct nb_segment segments[2] = {{config->tx_slots_iova, config->net_header_bytes}, {iova, len}};
+    if (config->tx_header_with_frame) {
+        uint32_t before_frame = ledger->region.headroom - NB_NET_HEADER_BYTES;
+        tx_header_clear(ledger_address(ledger, buffer) + before_frame);
+        struct nb_segment segment = {ledger_iova(ledger, buffer) + before_frame, NB_NET_HEADER_BYTES + len};
+        virtqueue_add(pair->tx_queue, &segment, 1, 0, token);
+        return;
+    }
+    const struct nb_segment segments[2] = {{config->tx_slots_iova, config->net_header_bytes},
+                                           {ledger_iova(ledger, buffer) + ledger->region.headroom, len}};
     virtqueue_add(pair->tx_queue, segments, 2, 0, token);
 }
 
@@ -260,7 +268,7 @@ static inline bool send_simple(struct nb_pump *pump, struct nb_entry entry)
     if (entry.len <= pump->config.tx_copied)
         add_copy(pump, pair, 1 + buffer, ledger_address(ledger, buffer) + ledger->region.headroom, entry.len, buffer);
     else
-        add_in_place(pump, pair, ledger_iova(ledger, buffer) + ledger->region.headroom, entry.len, buffer);
+        add_in_place(pump, pair, ledger, buffer, entry.len, buffer);
     return true;
 }
 
@@ -280,8 +288,7 @@ static inline bool forward_simple(struct nb_pump *pump, struct nb_entry entry)
         return true;
     }
     book_forwarded(pump, buffer);
-    add_in_place(pump, pair, ledger_iova(ledger, buffer) + ledger->region.headroom, entry.len,
-                 number_of_forwarded(pump, buffer));
+    add_in_place(pump, pair, ledger, buffer, entry.len, number_of_forwarded(pump, buffer));
     return true;
 }
 

@@ -33,6 +33,15 @@ static inline void tx_slot_copy(uint8_t *slot, const uint8_t *frame, uint32_t le
         memcpy(to + 2 * TX_SLOT_COPIED_AT_ONCE, frame + 2 * TX_SLOT_COPIED_AT_ONCE, TX_SLOT_COPIED_AT_ONCE);
 }
 
+/* The header of a frame that asks for nothing, in its buffer right in front of it; aligned to 32 bits. Written only if it is
+ * not there yet: whoever had the buffer before keeps the cache line. */
+static inline void tx_header_clear(uint8_t *header)
+{
+    uint32_t *words = (uint32_t *)(void *)header;
+    if (load_once_32(&words[0]) | load_once_32(&words[1]) | load_once_32(&words[2]))
+        memset(header, 0, NB_NET_HEADER_BYTES);
+}
+
 /* Header and frame of a slot that a frame of `len` bytes was copied into. */
 static inline struct nb_segment tx_slot_segment(uint64_t slot_iova, uint32_t header_bytes, uint32_t len)
 {

@@ -2,7 +2,8 @@
  *
  * It does what the pump does to a virtqueue, with its calls and its burst, and nothing of what the pump does to the port.
  * So beside DPDK's own front-end it says what the virtqueues cost. What the generator sends goes the pump's way: a short
- * frame is copied behind its header, a longer one has a descriptor for the header and one for itself. The generator writes
+ * frame is copied behind its header, a longer one has a descriptor for the header and one for itself, or with its client's
+ * leave one for both. The generator writes
  * the first 42 bytes of each frame, as testpmd's does. The echo, as testpmd's, has no client: it sends a frame in the buffer
  * that it came in.
  */
@@ -26,6 +27,7 @@ struct load {
     uint8_t *slots;       /* tx_slot.h: one of zeroes, one for each buffer */
     uint64_t slots_iova;
     uint32_t copied;      /* frames up to so many bytes are */
+    int32_t with_frame;   /* what the generator sends has its header in front of it in its buffer: tx_header_with_frame */
     int32_t merges;       /* MRG_RXBUF was agreed: the header says of how many buffers a frame is */
     int32_t exchanges;    /* the echo exchanges the MAC addresses */
     int32_t stop;         /* set by another thread */
@@ -60,6 +62,12 @@ static void send(struct load *load, uint32_t buffer, uint32_t length)
         uint64_t slot = tx_slot_offset(1 + buffer);
         tx_slot_copy(load->slots + slot, load->memory + place, length);
         struct nb_segment segment = tx_slot_segment(load->slots_iova + slot, HEADER_BYTES, length);
+        virtqueue_add(load->tx, &segment, 1, 0, buffer);
+        return;
+    }
+    if (load->with_frame) {
+        tx_header_clear(load->memory + place - HEADER_BYTES);
+        struct nb_segment segment = {load->iova + place - HEADER_BYTES, HEADER_BYTES + length};
         virtqueue_add(load->tx, &segment, 1, 0, buffer);
         return;
     }

@@ -109,6 +109,8 @@ TEST(pump_of_an_impossible_configuration)
     REFUSE(config.offloads = 1 << NB_CSUM; config.tx_slots = NULL);
     REFUSE(config.tx_copied = 1; config.tx_slots = NULL);
     REFUSE(config.tx_copied = NB_TX_MOST_COPIED + 1; config.tx_slots = world.header.device);
+    REFUSE(config.tx_header_with_frame = 1; config.tx_slots = NULL);
+    REFUSE(config.tx_header_with_frame = 1; config.tx_slots = world.header.device; config.net_header_bytes = 10);
     REFUSE(config.intx_fd = world.control_fd); /* INTx, and no ISR status to read */
     world_close(&world);
 }

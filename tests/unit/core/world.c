@@ -155,10 +155,12 @@ static void open_memory(struct world *world)
     CHECK_EQ(nb_virtqueue_layout(&world->rx_config, &world->rx_layout), 0);
     CHECK_EQ(nb_virtqueue_layout(&world->tx_config, &world->tx_layout), 0);
     int client_rights = config->rx_writable ? READ_WRITE : READ;
-    world->rx = share_memory((uint64_t)config->rx_count * STRIDE, READ, READ_WRITE, client_rights);
-    /* What is in front of a frame is the driver's to read only if it may be a header. */
-    bool offers = config->offloads & TX_OFFLOADS, reads = offers || config->tx_copied;
-    world->tx = share_memory((uint64_t)config->tx_count * STRIDE, reads ? READ : NOT_AT_ALL, READ, READ_WRITE);
+    /* What is in front of a frame is the driver's to read only if it may be a header, and to write if it puts one there. */
+    bool offers = config->offloads & TX_OFFLOADS, writes = config->tx_header_with_frame;
+    bool reads = offers || writes || config->tx_copied;
+    int tx_rights = writes ? READ_WRITE : reads ? READ : NOT_AT_ALL;
+    world->rx = share_memory((uint64_t)config->rx_count * STRIDE, writes ? READ_WRITE : READ, READ_WRITE, client_rights);
+    world->tx = share_memory((uint64_t)config->tx_count * STRIDE, tx_rights, READ, READ_WRITE);
     uint64_t slots = 1 + (reads ? config->tx_count : 0) + (config->tx_copied ? config->pairs * config->tx_size : 0);
     world->header = share_memory(slots * NB_TX_SLOT_BYTES, reads ? READ_WRITE : NOT_AT_ALL, READ, NOT_AT_ALL);
     world->rx_memory = share_memory(world->rx_layout.bytes, READ_WRITE, READ_WRITE, NOT_AT_ALL);
@@ -174,9 +176,9 @@ static void open_memory(struct world *world)
     poison_headrooms(world->rx.driver, config->rx_count, HEADER);
     poison_headrooms(world->rx.device, config->rx_count, HEADER);
     poison_headrooms(world->rx.client, config->rx_count, HEADER);
-    poison_headrooms(world->tx.driver, config->tx_count, offers ? HEADER : 0);
-    poison_headrooms(world->tx.device, config->tx_count, 0);
-    poison_headrooms(world->tx.client, config->tx_count, offers ? HEADER : 0);
+    poison_headrooms(world->tx.driver, config->tx_count, offers || writes ? HEADER : 0);
+    poison_headrooms(world->tx.device, config->tx_count, writes ? HEADER : 0);
+    poison_headrooms(world->tx.client, config->tx_count, offers || writes ? HEADER : 0);
     poison_queue_gaps(world->rx_memory.driver, &world->rx_layout, config->rx_size, config->ring.packed);
     poison_queue_gaps(world->rx_memory.device, &world->rx_layout, config->rx_size, config->ring.packed);
     poison_queue_gaps(world->tx_memory.driver, &world->tx_layout, config->tx_size, config->ring.packed);
@@ -358,6 +360,7 @@ static void open_pump(struct world *world)
         .tx_slots = world->header.driver,
         .tx_slots_iova = HEADER_IOVA,
         .tx_copied = config->tx_copied,
+        .tx_header_with_frame = config->tx_header_with_frame,
         .offloads = config->offloads,
         .net_header_bytes = HEADER,
         .rx_max_pieces = config->max_pieces,

@@ -30,6 +30,7 @@ struct world_config {
     uint32_t tx_largest_frame; /* [as much as the pieces hold] */
     uint64_t offloads;        /* [none] */
     uint32_t tx_copied;       /* [0: no frame is copied] */
+    bool tx_header_with_frame; /* [the header of a frame that asks for nothing is out of the client's reach] */
     uint32_t pairs;           /* [1] */
     uint32_t client_limit;    /* [rx_count] */
     uint32_t burst;           /* [64] */

@@ -9,8 +9,9 @@
 A frame that is longer than a buffer is in several: `frame.pieces`, and `send` of a list of buffers. Whoever asks for
 offloads finds the virtio header of what came in `frame.header`, and sets `buffer.header` for what is sent.
 
-A received frame is this process's until it is released; a buffer to send is, until it is sent. Using either afterwards
-raises. There are few of them, so give frames back soon: the driver drops what comes while a client holds its limit.
+A received frame is this process's until it is released, or sent from where it is with `forward`; a buffer to send is,
+until it is sent. Using either afterwards raises. There are few of them, so give frames back soon: the driver drops what
+comes while a client holds its limit.
 
 A `Client` is for one thread. With asyncio use `receive_async` and `async for`; with another event loop, `arm` and
 `fileno`. When the driver ends the session every call raises `PortClosed`; `connect` again for a new one (its `wait`

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from netbridge.client.session import Client
 
 BURST = 64
+LEAST_FRAME = 14
 INDEX_MASK = 0xFFFFFF
 
 
@@ -82,3 +83,43 @@ class Receiver:
             lib.nb_client_release(self._native, self._entries, len(chunk))
         if pieces:
             lib.nb_client_flush(self._native)
+
+    def forward(self, client: Client, frames: Iterable[Frame]) -> None:
+        """Sends frames from where they are: all of them or, when it raises, none; see `Client.forward`."""
+        frames = list(frames)
+        for frame in frames:
+            _must_be_forwardable(client, frame)
+        if len(set(frames)) != len(frames):
+            raise ValueError("the same frame twice")
+        for frame in frames:
+            frame._invalidate()
+        for start in range(0, len(frames), BURST):
+            chunk = frames[start : start + BURST]
+            for piece, frame in zip(self._entries, chunk, strict=False):
+                ((piece.dma_handle, piece.data, piece.len),) = frame._pieces
+                piece.flags, piece.queue = 0, frame.queue
+                del self.held[piece.dma_handle]
+                self._here.discard(piece.dma_handle & INDEX_MASK)
+                frame._client = None
+            lib.nb_client_forward(self._native, self._entries, len(chunk))
+        if frames:
+            lib.nb_client_flush(self._native)
+
+
+def _must_be_forwardable(client: Client, frame: Frame) -> None:
+    """Raises ValueError for a frame that cannot be sent from where it is."""
+    if frame._client is not client:
+        raise ValueError("this frame was released or forwarded, or belongs to another session")
+    if len(frame._pieces) > 1:
+        raise ValueError(
+            f"this frame spans {len(frame._pieces)} buffers, and only frames of one can be forwarded; copy it"
+        )
+    header = frame.header
+    if header is not None and header.leaves_work:
+        raise ValueError(
+            "this frame is to be cut yet, or its checksum to be made; copy it, and send it with its header"
+        )
+    if not LEAST_FRAME <= len(frame) <= client.largest:
+        raise ValueError(f"length {len(frame)} is not between {LEAST_FRAME} and {client.largest}")
+    if not 0 <= frame.queue < client.queue_pairs:
+        raise ValueError(f"queue pair {frame.queue}: there are {client.queue_pairs}, from 0 on")

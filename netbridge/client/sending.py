@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from netbridge.client.conversation import Conversation
-from netbridge.client.receiving import BURST, INDEX_MASK
+from netbridge.client.receiving import BURST, INDEX_MASK, LEAST_FRAME
 from netbridge.datapath._core import ffi, lib
 from netbridge.ipc.frames import Buffer
 from netbridge.ipc.offloads import HEADER_BYTES, TX_OFFLOADS
@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from typing import Any
 
     from netbridge.client.session import Client
-
-LEAST_FRAME = 14
 
 
 class Sender:

@@ -8,8 +8,8 @@ import warnings
 
 from netbridge.client.conversation import Conversation
 from netbridge.client.memory import SessionMemory
-from netbridge.client.receiving import BURST, Receiver
-from netbridge.client.sending import LEAST_FRAME, Sender
+from netbridge.client.receiving import BURST, LEAST_FRAME, Receiver
+from netbridge.client.sending import Sender
 from netbridge.client.waiting import Waiting
 from netbridge.datapath._core import lib
 from netbridge.ipc.control import ControlSocket
@@ -31,8 +31,8 @@ class Client:
     every call that looks at the control socket: `check`, and all that wait. `offloads`: those that the session has.
     `queue_pairs`: how many of them frames come from and can be sent on. `room`: what a buffer to send holds; `largest`:
     the longest frame that can be sent, in `most_pieces` buffers or fewer. `rx_limit`: how many RX buffers this client
-    may hold before frames are dropped. `announcements`: how often the driver has said
-    that the network is to hear of this station (a gratuitous ARP, say).
+    may hold before frames are dropped. `rx_writable`: whether received frames may be changed where they are.
+    `announcements`: how often the driver has said that the network is to hear of this station (a gratuitous ARP, say).
     """
 
     def __init__(self, control: ControlSocket, welcome: Welcome, fds: list[int]) -> None:
@@ -43,6 +43,7 @@ class Client:
         self.largest = geometry.tx_largest
         self.most_pieces = geometry.tx_pieces
         self.rx_limit = geometry.rx_limit
+        self.rx_writable = not geometry.rx.read_only
         self.offloads = Offload(welcome.offloads)
         self.queue_pairs = welcome.queue_pairs
         memory = SessionMemory(welcome, fds)
@@ -191,6 +192,15 @@ class Client:
             for buffer in buffers:
                 buffer.release()
             raise
+
+    def forward(self, frames: Iterable[Frame]) -> None:
+        """Sends received frames from where they are, without a copy, in the place of releasing them: each as it stands
+        (`Frame.writable_data` changes it), on its `queue`. Never waits; the frames are the driver's afterwards, and
+        what the device has not sent yet counts as held (`rx_limit`). Raises ValueError, and sends none, for one that
+        was released already, spans several buffers, leaves checksum or segments to be made (`Frame.header`), or has a
+        length or queue that cannot be; BufferError while something cut from a frame is alive."""
+        self._conversation.must_be_open()
+        self._receiver.forward(self, frames)
 
     # ---- Event loops
 

@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from netbridge.client import Client
 
 
-_RELEASED = "this frame was released; its buffer may hold another frame by now"
+_RELEASED = "this frame was released or forwarded; its buffer may hold another frame by now"
 
 
 class Frame:
     """A received frame, in one DMA buffer or (when it is longer than one holds) in several. `queue`: the queue pair
-    that it came from."""
+    that it came from; before `forward`, the one to send it on."""
 
     __slots__ = ("__weakref__", "_client", "_has_header", "_lent", "_pieces", "queue")
 
@@ -33,7 +33,8 @@ class Frame:
         self.queue = queue
         # (handle, pointer, length) of each piece.
         self._pieces = pieces
-        self._lent: list[_Lent | None] = [None] * len(pieces)
+        # A view of each piece, and a writable one of the first.
+        self._lent: list[_Lent | None] = [None] * (len(pieces) + 1)
 
     @property
     def data(self) -> memoryview:
@@ -50,6 +51,15 @@ class Frame:
         if self._client is None:
             raise ValueError(_RELEASED)
         return tuple(_view(self._lent, i, piece, writable=False) for i, piece in enumerate(self._pieces))
+
+    @property
+    def writable_data(self) -> memoryview:
+        """The same bytes, to be changed before `forward`. Raises ValueError as `data` does, and when the driver lets
+        clients only read received frames (`Client.rx_writable`)."""
+        if self._client is not None and not self._client.rx_writable:
+            raise ValueError("received frames can only be read in this session; copy what is to be changed")
+        _ = self.data
+        return _view(self._lent, -1, self._pieces[0], writable=True)
 
     @property
     def header(self) -> VirtioNetHeader | None:
@@ -73,6 +83,13 @@ class Frame:
         once, which is faster."""
         if self._client is not None:
             self._client.release((self,))
+
+    def forward(self) -> None:
+        """Sends the frame from where it is, without a copy; see `Client.forward`, which sends many at once. Raises
+        ValueError after release."""
+        if self._client is None:
+            raise ValueError(_RELEASED)
+        self._client.forward((self,))
 
     def __enter__(self) -> Frame:
         return self

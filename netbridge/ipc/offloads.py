@@ -63,6 +63,11 @@ class VirtioNetHeader(NamedTuple):
     csum_offset: int = 0  # from there to where it is put
     num_buffers: int = 0
 
+    @property
+    def leaves_work(self) -> bool:
+        """Whether something of the frame is still to be done: a checksum to be made, or segments to be cut."""
+        return bool(self.flags & NEEDS_CSUM) or self.gso_type != GSO_NONE
+
     def pack(self) -> bytes:
         """Raises ValueError for a number that does not fit its field."""
         try:

@@ -1,4 +1,5 @@
-"""The echo service: every frame goes back to its sender, the MAC addresses exchanged.
+"""The echo service: every frame goes back to its sender, the MAC addresses exchanged: without a copy where the driver's
+manifest lets it write to received frames.
 
     python -m netbridge.services.echo [--socket PATH] [--wait SECONDS] [--once] [--json] [--capture FILE]
 
@@ -44,7 +45,7 @@ class Echo(service.Service):
 
     def totals(self) -> dict[str, Any]:
         totals: dict[str, Any] = {
-            name: getattr(self._counts, name) for name in ("frames", "bytes", "bursts", "unsendable")
+            name: getattr(self._counts, name) for name in ("frames", "bytes", "bursts", "unsendable", "forwarded")
         }
         return totals if self._capture is None else {**totals, "capture": self._capture.state}
 

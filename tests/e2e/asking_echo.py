@@ -41,10 +41,12 @@ def serve(client: Client) -> None:
         poller.register(client.fileno(), select.EPOLLIN)
         poller.register(sys.stdin.fileno(), select.EPOLLIN)
         while True:
-            for frame in client.receive(timeout=0):
-                with frame:
-                    data = bytes(frame.data)
-                client.send_bytes(data[6:12] + data[:6] + data[12:], timeout=10.0)
+            frames = client.receive(timeout=0)
+            for frame in frames:
+                addresses = frame.writable_data[:12]
+                addresses[:] = bytes(addresses[6:]) + bytes(addresses[:6])
+                addresses.release()
+            client.forward(frames)
             if not client.arm():
                 continue
             for fd, _ in poller.poll():

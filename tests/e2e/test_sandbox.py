@@ -204,6 +204,8 @@ def test_read_only_share_lets_the_service_only_read(guest: Guest, wire: Wire) ->
         assert "PermissionError" in guest.run(["python3", "-c", MAP_FOR_WRITING, str(bed.echo.pid)]).stdout
         echoed(wire, bed)
         bed.stop()
+    assert bed.final["echo"]["frames"]
+    assert not bed.final["echo"]["forwarded"], "what it cannot change in place, it copies"
 
 
 def test_without_log_write_the_driver_cannot_even_write(guest: Guest) -> None:

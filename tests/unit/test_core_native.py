@@ -24,8 +24,8 @@ TIMEOUT_S = 60
 SPLIT = ""
 # What is about the ring; the other cases would show the same again, or only take long.
 RING_CASES = (
-    *toolchain.case_names("copies", "device_lies", "flow", "forwarding", "notifications", "one_processor"),
-    *toolchain.case_names("threads_lies"),
+    *toolchain.case_names("copies", "device_lies", "flow", "forwarding", "forwarding_lies", "notifications"),
+    *toolchain.case_names("one_processor", "threads_lies"),
     "idle-idle_after_interrupts",
     "idle-idle_while_the_tx_queue_is_full",
     "threads_echo-echo_with_completions_out_of_order",

@@ -122,6 +122,7 @@ def test_a_signal_is_an_orderly_end(path: Path, number: signal.Signals) -> None:
             "frames": 1,
             "bytes": 60,
             "unsendable": 0,
+            "forwarded": 1,
         }
         gone = port.await_event()
         assert isinstance(gone, ClientGone)

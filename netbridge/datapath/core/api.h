@@ -445,6 +445,7 @@ struct nb_echo_counts {
     uint64_t bytes;
     uint64_t bursts;
     uint64_t unsendable; /* frames longer than the session lets a client send */
+    uint64_t forwarded;  /* of `frames`, those that were sent from where they were; the others were copied */
 };
 /* The echo service's loop: every frame back to its sender with the MAC addresses exchanged, until `control_fd` becomes
  * readable (0) or the driver breaks the protocol (-1). */

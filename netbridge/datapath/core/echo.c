@@ -114,6 +114,7 @@ static void forward(struct nb_client *client, struct pieces *received, struct pr
         counts->bytes += pieces[i].len;
     }
     counts->frames += count;
+    counts->forwarded += count;
     nb_client_forward(client, pieces, count);
     at->done = at->returned = at->done + count;
 }

@@ -1,5 +1,5 @@
-/* Received frames that the client sends from where they are: each goes out as it stands, its buffer is free when the
- * device is done with it and not before, and a client that lies about one is refused as with any other handle.
+/* Received frames that the client sends from where they are: each goes out as it stands, and its buffer is free when
+ * the device is done with it and not before. What a client may not do with them is in forwarding_lies.c.
  */
 #include "check.h"
 #include "ledger.h"
@@ -9,31 +9,15 @@
 
 #include <stdlib.h>
 #include <string.h>
+#include <sys/eventfd.h>
 
 enum { COPIED = NB_TX_MOST_COPIED, LONG = 1000, SHORT = 60 };
 
 static const struct world_config COPYING = {.tx_copied = COPIED};
 
-static const uint64_t NEXT_LEASE = 1ull << 32, NEXT_SESSION = 1ull << 48, NEXT_REGION = 1ull << 24;
-
 static struct fake_device *device_of(struct world *world, uint32_t pair)
 {
     return pair ? &world->more[pair - 1].device : &world->device;
-}
-
-/* A frame that came on the first pair and is the client's. */
-static struct nb_piece obtain(struct world *world, uint64_t number, uint32_t len)
-{
-    deliver(world, number, len);
-    world_pump_idle(world);
-    return receive_one(world, number, len);
-}
-
-static void forward_on(struct world *world, struct nb_piece piece, uint8_t pair)
-{
-    piece.queue = pair;
-    nb_client_forward(&world->client, &piece, 1);
-    nb_client_flush(&world->client);
 }
 
 /* What the device sends next on a pair: frame `number` in so many descriptors, and a header that asks for nothing. */
@@ -328,157 +312,39 @@ TEST(tx_queue_reset_with_forwarded_frames_in_flight)
     world_close(&world);
 }
 
-/* ---- Lies ------------------------------------------------------------------------------------------------------ */
+/* ---- The echo -------------------------------------------------------------------------------------------------- */
 
-static void put_entry(struct world *world, struct nb_entry entry)
-{
-    forge_entry(world, TX_ACTIVE, world->client.tx_active_put++, entry);
-    forge_produced(world, TX_ACTIVE, world->client.tx_active_put);
-}
-
-/* What is wrong with an entry: added to a good handle, and the rest as it is to stand. */
-struct lie {
-    uint64_t add;
-    uint32_t len;
-    uint16_t kind;
-    uint8_t flags;
-    uint8_t queue;
-};
-
-/* A good one, then one that is wrong in one way: the device gets the one and not the other. */
-static void refuse(struct world_config config, struct lie lie, enum nb_refusal refusal)
+/* What came in one buffer is forwarded, what came in several is copied: in their order, though some wait for buffers.
+ * */
+TEST(the_echo_forwards_what_it_can_and_copies_the_rest)
 {
     struct world world;
-    world_open(&world, config);
-    struct nb_piece good = obtain(&world, 0, LONG), bad = obtain(&world, 1, LONG);
-    forward_on(&world, good, 0);
-    put_entry(&world, (struct nb_entry){.dma_handle = bad.dma_handle + lie.add,
-                                        .len = lie.len,
-                                        .kind = lie.kind,
-                                        .flags = lie.flags,
-                                        .queue = lie.queue});
-    world_expect_client_fault(&world, refusal);
-    expect_sent(&world, 0, 0, LONG, 2);
-    CHECK_EQ(fake_available(&world.device.tx), 0);
-    CHECK_EQ(rx_owned(&world, NB_OWNER_CLIENT), 1);
-    world_close(&world);
-}
-
-#define REFUSE(refusal, ...) refuse(COPYING, (struct lie){.kind = NB_TX_PACKET, .len = LONG, __VA_ARGS__}, refusal)
-
-TEST(forwarded_handle_of_no_region)
-{
-    REFUSE(NB_REFUSE_REGION, .add = -NEXT_REGION);
-    REFUSE(NB_REFUSE_REGION, .add = 2 * NEXT_REGION);
-}
-TEST(forwarded_handle_beyond_the_last_buffer)
-{
-    REFUSE(NB_REFUSE_INDEX, .add = 127); /* buffer 1 of 128, plus 127 */
-    REFUSE(NB_REFUSE_INDEX, .add = 0xffffff - 1);
-}
-TEST(forwarded_handle_of_another_session)
-{
-    REFUSE(NB_REFUSE_SESSION, .add = NEXT_SESSION);
-    REFUSE(NB_REFUSE_SESSION, .add = -NEXT_SESSION);
-}
-TEST(forwarded_handle_of_another_lease)
-{
-    REFUSE(NB_REFUSE_LEASE, .add = NEXT_LEASE);
-    REFUSE(NB_REFUSE_LEASE, .add = -NEXT_LEASE);
-}
-TEST(forwarded_handle_of_a_buffer_never_lent) { REFUSE(NB_REFUSE_OWNER, .add = 100 - NEXT_LEASE); }
-TEST(forwarded_entry_of_the_wrong_kind)
-{
-    const uint16_t kinds[] = {0, NB_RX_PACKET, NB_TX_PACKET_ACK, 0xffff};
-    for (unsigned i = 0; i < sizeof(kinds) / sizeof(kinds[0]); i++)
-        refuse(COPYING, (struct lie){.kind = kinds[i], .len = LONG}, NB_REFUSE_KIND);
-}
-/* Also where they would be right with a TX buffer. */
-TEST(forwarded_entry_with_flags)
-{
-    const uint8_t flags[] = {NB_MORE, NB_CONTINUATION, NB_MORE | NB_CONTINUATION, NB_HEADER, 8, 0x80};
-    struct world_config config = {.tx_max_pieces = 4, .offloads = TX_OFFLOADS};
-    for (unsigned i = 0; i < sizeof(flags) / sizeof(flags[0]); i++)
-        refuse(config, (struct lie){.kind = NB_TX_PACKET, .len = LONG, .flags = flags[i]}, NB_REFUSE_KIND);
-}
-TEST(forwarded_on_a_queue_that_there_is_not) { REFUSE(NB_REFUSE_QUEUE, .queue = 1); }
-TEST(forwarded_frame_of_a_length_that_is_none)
-{
-    const uint32_t lengths[] = {0, 1, SHORTEST - 1, ROOM + 1, STRIDE, 0x10000 + LONG, 0x80000000, 0xffffffff};
-    for (unsigned i = 0; i < sizeof(lengths) / sizeof(lengths[0]); i++)
-        refuse(COPYING, (struct lie){.kind = NB_TX_PACKET, .len = lengths[i]}, NB_REFUSE_LENGTH);
-}
-
-TEST(forwarded_twice)
-{
-    for (uint32_t len = SHORT; len <= LONG; len += LONG - SHORT)
-        for (int at_once = 0; at_once <= 1; at_once++) {
-            struct world world;
-            world_open(&world, (struct world_config){.tx_copied = COPIED, .rx_size = 4, .rx_count = 4});
-            struct nb_piece piece = obtain(&world, 0, len);
-            forward_on(&world, piece, 0);
-            if (!at_once)
-                world_pump_idle(&world);
-            forward_on(&world, piece, 0);
-            world_expect_client_fault(&world, NB_REFUSE_OWNER);
-            expect_sent(&world, 0, 0, len, len == SHORT ? 1 : 2);
-            CHECK_EQ(fake_available(&world.device.tx), 0);
-            world_close(&world);
+    struct nb_echo_counts counts = {0};
+    uint8_t frame[65536];
+    uint32_t len, sent = 0, forwarded = 0;
+    struct fake_chain chain;
+    world_open(&world, (struct world_config){.rx_writable = true, .max_pieces = 34, .tx_max_pieces = 4, .tx_count = 8});
+    CHECK_EQ(eventfd_write(world.client_control_fd, 1), 0);
+    for (uint64_t i = 0; i < 20; i++) {
+        uint32_t length = i % 3 == 1 ? 5000 : LONG;
+        forwarded += length == LONG;
+        deliver(&world, i, length);
+    }
+    while (sent < 20) {
+        world_pump_idle(&world);
+        CHECK_EQ(nb_client_echo(&world.client, world.client_control_fd, &counts), 0);
+        world_pump_idle(&world);
+        while (fake_collect(&world.device, &chain, frame, &len)) {
+            CHECK_EQ(len, sent % 3 == 1 ? 5000 : LONG);
+            CHECK(frame_is(frame, sent, len, true));
+            fake_complete(&world.device, &chain);
+            sent++;
         }
-}
-
-TEST(released_after_it_was_forwarded)
-{
-    struct world world;
-    world_open(&world, (struct world_config){0});
-    struct nb_piece piece = obtain(&world, 0, LONG);
-    forward_on(&world, piece, 0);
+    }
     world_pump_idle(&world);
-    release_one(&world, piece);
-    world_expect_client_fault(&world, NB_REFUSE_OWNER);
-    world_close(&world);
-}
-
-TEST(forwarded_after_it_was_released)
-{
-    struct world world;
-    world_open(&world, (struct world_config){.rx_size = 4, .rx_count = 4});
-    struct nb_piece piece = obtain(&world, 0, LONG);
-    release_one(&world, piece);
-    forward_on(&world, piece, 0);
-    world_expect_client_fault(&world, NB_REFUSE_OWNER);
-    CHECK_EQ(fake_available(&world.device.tx), 0);
-    world_close(&world);
-}
-
-/* The device was done with it, it was filled and lent again: the old handle is worth nothing. */
-TEST(forwarded_by_its_old_handle)
-{
-    struct world world;
-    world_open(&world, (struct world_config){.rx_size = 1, .rx_count = 1});
-    struct nb_piece old = obtain(&world, 0, LONG);
-    forward_on(&world, old, 0);
-    world_pump_idle(&world);
-    expect_sent(&world, 0, 0, LONG, 2);
-    world_pump_idle(&world);
-    obtain(&world, 1, LONG);
-    forward_on(&world, old, 0);
-    world_expect_client_fault(&world, NB_REFUSE_LEASE);
-    world_close(&world);
-}
-
-TEST(forwarded_in_the_midst_of_a_frame_in_pieces)
-{
-    struct world world;
-    struct nb_piece piece, received;
-    world_open(&world, (struct world_config){.tx_max_pieces = 4});
-    received = obtain(&world, 0, LONG);
-    CHECK_EQ(nb_client_allocate(&world.client, &piece, 1), 1);
-    piece.len = 100;
-    piece.flags = NB_MORE;
-    nb_client_send(&world.client, &piece, 1);
-    forward_on(&world, received, 0);
-    world_expect_client_fault(&world, NB_REFUSE_PIECES);
-    CHECK_EQ(fake_available(&world.device.tx), 0);
+    CHECK_EQ(counts.frames, 20);
+    CHECK_EQ(counts.forwarded, forwarded);
+    CHECK_EQ(counts.bytes, world.counters.bytes_tx);
+    CHECK_EQ(rx_owned(&world, NB_OWNER_CLIENT), 0);
     world_close(&world);
 }

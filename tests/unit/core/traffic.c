@@ -239,6 +239,7 @@ void traffic_echo(struct world *world, struct traffic_config config)
     CHECK_EQ(echo.counts.frames, traffic.returned);
     CHECK_EQ(echo.counts.bytes, counters->bytes_tx);
     CHECK_EQ(echo.counts.unsendable, 0);
+    CHECK_EQ(echo.counts.forwarded, world->config.rx_writable ? echo.counts.frames : 0);
     CHECK_EQ(counters->drops[NB_DROP_TOO_SHORT], 0);
     if (!config.lossy) {
         CHECK_EQ(counters->drops[NB_DROP_CLIENT_SLOW], 0);

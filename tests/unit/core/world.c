@@ -615,6 +615,20 @@ void release_one(struct world *world, struct nb_piece piece)
     nb_client_flush(&world->client);
 }
 
+struct nb_piece obtain(struct world *world, uint64_t number, uint32_t len)
+{
+    deliver(world, number, len);
+    world_pump_idle(world);
+    return receive_one(world, number, len);
+}
+
+void forward_on(struct world *world, struct nb_piece piece, uint8_t pair)
+{
+    piece.queue = pair;
+    nb_client_forward(&world->client, &piece, 1);
+    nb_client_flush(&world->client);
+}
+
 struct nb_piece send_one(struct world *world, uint64_t number, uint32_t len)
 {
     struct nb_piece piece;

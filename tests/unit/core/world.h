@@ -125,6 +125,10 @@ void deliver(struct world *world, uint64_t number, uint32_t len);
 /* Receives exactly one frame in one piece, checks it, and leaves it to the caller to release. */
 struct nb_piece receive_one(struct world *world, uint64_t number, uint32_t len);
 void release_one(struct world *world, struct nb_piece piece);
+/* deliver, world_pump_idle, and receive_one: a frame that is the client's. */
+struct nb_piece obtain(struct world *world, uint64_t number, uint32_t len);
+/* Sends it from where it is, on this pair. */
+void forward_on(struct world *world, struct nb_piece piece, uint8_t pair);
 /* Allocates a TX buffer, writes frame `number` into it and sends it. */
 struct nb_piece send_one(struct world *world, uint64_t number, uint32_t len);
 /* Frames that fit the TX queue. */

@@ -2,7 +2,8 @@
 
 Ours is the core's rings and ledger at the driver's end and the client library at the service's, both polling, without a
 device. Beside it: DPDK's memif with a zero-copy client, which polls as well, and what the kernel has for a frame a
-message: SOCK_SEQPACKET and a pipe. A wake-up is held against a bare eventfd.
+message: SOCK_SEQPACKET and a pipe. What comes back was forwarded as it is, or answered with its MAC addresses
+exchanged, in place or by a copy. A wake-up is held against a bare eventfd.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import NamedTuple
 
 from tests.bench import native
 from tests.bench.contest import Contest, Unavailable
@@ -27,6 +29,25 @@ CORE = Path(__file__).parents[2] / "netbridge/datapath/core"
 FLAGS = ("-march=x86-64", "-fno-strict-aliasing", f"-I{CORE}")
 LENGTHS = (64, 1518)
 MOST_SECONDS = 20.0
+
+
+class Kind(NamedTuple):
+    """What is done with frames. `ours`, `theirs`: as port_load calls it, for the port and for messages; `server`,
+    `client`: memif's forwarding modes."""
+
+    metric: str
+    ours: str
+    theirs: str
+    server: str
+    client: str
+
+
+KINDS = (
+    Kind("oneway", "oneway", "oneway", "txonly", "rxonly"),
+    Kind("forwarded", "forward", "forward", "io", "io"),
+    Kind("echo", "echo", "echo", "io", "macswap"),
+    Kind("echo by copy", "copy", "echo", "io", "macswap"),
+)
 GOALS = {"DPDK memif": 1.0, "seqpacket": 20.0, "pipe": 20.0}
 
 
@@ -41,19 +62,19 @@ def contests(quick: bool) -> Iterator[Contest]:
         if not why:
             directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="netbridge-bench-")))
             memif = _Memif(directory, stack, usable[0], usable[1])
-        for kind in ("oneway", "echo"):
+        for kind in KINDS:
             for length in LENGTHS[:1] if quick else LENGTHS:
-                peers = {name: load.rate(name, kind, length) for name in ("seqpacket", "pipe")}
+                peers = {name: load.rate(name, kind.theirs, length) for name in ("seqpacket", "pipe")}
                 if memif is not None:
                     peers["DPDK memif"] = functools.partial(memif.rate, kind, length)
                 yield Contest(
                     bench="port",
-                    metric=f"{kind}, {length} B",
+                    metric=f"{kind.metric}, {length} B",
                     unit="Mpps",
-                    ours=load.rate("port", kind, length),
+                    ours=load.rate("port", kind.ours, length),
                     peers=peers,
                     goals={name: GOALS[name] for name in peers},
-                    commands=(load.command("port", kind, length), *(memif.commands if memif else ())),
+                    commands=(load.command("port", kind.ours, length), *(memif.commands if memif else ())),
                 )
         for place, name in enumerate(("p50", "p99")):
             yield Contest(
@@ -119,14 +140,13 @@ class _Memif:
         self._client.await_link()
         self.commands = tuple(" ".join(end.command_line).replace(str(directory), "DIR") for end in self._ends)
 
-    def rate(self, kind: str, length: int) -> float:
+    def rate(self, kind: Kind, length: int) -> float:
         """Million frames a second, from the server to the client, or there and back."""
-        server, client = ("txonly", "rxonly") if kind == "oneway" else ("io", "io")
-        self._client.tell(f"set fwd {client}")
-        self._server.tell(f"set fwd {server}")
+        self._client.tell(f"set fwd {kind.client}")
+        self._server.tell(f"set fwd {kind.server}")
         self._server.tell(f"set txpkts {length}")
         self._client.tell("start")
-        self._server.tell("start" if kind == "oneway" else "start tx_first 4")
+        self._server.tell("start" if kind.server == "txonly" else "start tx_first 4")
         try:
             time.sleep(SETTLE_SECONDS)
             first, began = self._client.counts(0)["RX-packets"], time.monotonic()

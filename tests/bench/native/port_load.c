@@ -2,8 +2,10 @@
  *
  *     port_load WHAT KIND LENGTH MILLISECONDS CPU_A CPU_B
  *
- * WHAT is port, seqpacket or pipe. KIND is oneway (from A, the driver, to B, the service), echo (there and back), or wake:
- * then A wakes a sleeping B, each time once it has gone to sleep again, and there is a WHAT called eventfd as well.
+ * WHAT is port, seqpacket or pipe. KIND is oneway (from A, the driver, to B, the service), forward (there and back as it is),
+ * echo (there and back with the MAC addresses exchanged), or wake: then A wakes a sleeping B, each time once it has gone to
+ * sleep again, and there is a WHAT called eventfd as well. The port also has copy: as echo, but into a buffer of the service's
+ * own, as one does that may only read what is received; the others have everything copied, and do nothing with it.
  * Prints million frames a second; for wake, nanoseconds from before the waking to B awake: p50 and p99.
  *
  * On the port, A does what the pump does: leases from the ledger, checks of what comes back, the same burst. The service is
@@ -26,13 +28,14 @@
 #include "ledger.h"
 #include "port_ring.h"
 
-enum { BUFFERS = 1024, STRIDE = 2048, HEADROOM = 64, BURST = 64, SHORTEST = 60, TEMPLATE_BYTES = 42, LONGEST = 1984, WAKES = 2000, IN_FLIGHT = 32 };
+enum { BUFFERS = 1024, MAC_BYTES = 6, STRIDE = 2048, HEADROOM = 64, BURST = 64, SHORTEST = 60, TEMPLATE_BYTES = 42, LONGEST = 1984, WAKES = 2000, IN_FLIGHT = 32 };
 
 /* tx_active, the third, may have all buffers of both regions in it. */
 enum { RINGS = 4, TX_ACTIVE = 2 };
 #define RING_BYTES(slots) (sizeof(struct nb_ring_header) + (slots) * sizeof(struct nb_entry))
 
-enum kind { ONEWAY, ECHO, WAKE };
+enum kind { ONEWAY, FORWARD, ECHO, COPY, WAKE };
+static const char *const KINDS[] = {"oneway", "forward", "echo", "copy", "wake"};
 
 /* What both processes see. */
 struct shared {
@@ -104,6 +107,14 @@ static struct nb_ring_place ring_at(int which)
 
 static const uint8_t template[TEMPLATE_BYTES] = {0x02, 0, 0, 0, 0, 1, 0x02, 0, 0, 0, 0, 2, 0x88, 0xb5};
 
+static uint32_t check_sent(const struct nb_ledger *ledger, const struct nb_entry *entry)
+{
+    int64_t buffer = ledger_check(ledger, entry->dma_handle);
+    if (buffer < 0 || entry->kind != NB_TX_PACKET || entry->flags || entry->len < 14 || entry->len > ledger_room(ledger))
+        exit(1);
+    return (uint32_t)buffer;
+}
+
 static void port_driver(enum kind kind)
 {
     struct nb_region regions[] = {
@@ -132,10 +143,10 @@ static void port_driver(enum kind kind)
         int64_t sent = ring_waiting(&tx_active, tx_taken);
         for (int64_t i = 0; i < sent; i++) {
             struct nb_entry entry = ring_take(&tx_active, &tx_taken);
-            int64_t buffer = ledger_check(tx, entry.dma_handle);
-            if (buffer < 0 || entry.kind != NB_TX_PACKET || entry.len < 14 || entry.len > ledger_room(tx))
-                exit(1);
-            ring_put(&tx_done, &tx_put, (struct nb_entry){.dma_handle = ledger_lend(tx, (uint32_t)buffer), .len = ledger_room(tx), .kind = NB_TX_PACKET_ACK});
+            if (kind == COPY)
+                ring_put(&tx_done, &tx_put, (struct nb_entry){.dma_handle = ledger_lend(tx, check_sent(tx, &entry)), .len = ledger_room(tx), .kind = NB_TX_PACKET_ACK});
+            else
+                ledger_put_free(rx, check_sent(rx, &entry)); /* forwarded */
             frames++;
         }
         if (sent > 0) {
@@ -173,6 +184,31 @@ static void port_driver(enum kind kind)
     }
 }
 
+static void exchange_addresses(uint8_t *to, const uint8_t *from)
+{
+    uint8_t addresses[2 * MAC_BYTES];
+    memcpy(addresses, from, sizeof(addresses));
+    memcpy(to, addresses + MAC_BYTES, MAC_BYTES);
+    memcpy(to + MAC_BYTES, addresses, MAC_BYTES);
+}
+
+/* Into buffers of its own, and the received ones back. */
+static void send_copies(struct nb_client *client, const struct nb_piece *in, uint32_t got)
+{
+    struct nb_piece out[BURST];
+    int room = nb_client_allocate(client, out, got);
+    if (room < 0)
+        exit(1);
+    for (int i = 0; i < room; i++) {
+        exchange_addresses(out[i].data, in[i].data);
+        memcpy(out[i].data + 2 * MAC_BYTES, in[i].data + 2 * MAC_BYTES, in[i].len - 2 * MAC_BYTES);
+        out[i].len = in[i].len;
+        out[i].flags = 0;
+    }
+    nb_client_send(client, out, (uint32_t)room);
+    nb_client_release(client, in, got);
+}
+
 static void port_service(enum kind kind)
 {
     int epoll = epoll_create1(0);
@@ -188,7 +224,7 @@ static void port_service(enum kind kind)
     };
     if (nb_client_init(&client))
         exit(1);
-    struct nb_piece in[BURST], out[BURST];
+    struct nb_piece in[BURST];
     for (;;) {
         if (kind == WAKE) {
             int ready = nb_client_wait(&client, NB_WAIT_RECEIVE, -1, -1);
@@ -206,17 +242,14 @@ static void port_service(enum kind kind)
             exit(1);
         if (got == 0)
             continue;
-        if (kind == ECHO) {
-            int room = nb_client_allocate(&client, out, (uint32_t)got);
-            for (int i = 0; i < room; i++) {
-                memcpy(out[i].data, in[i].data, in[i].len);
-                out[i].len = in[i].len;
-                out[i].flags = 0;
-            }
-            if (room > 0)
-                nb_client_send(&client, out, (uint32_t)room);
-        }
-        nb_client_release(&client, in, (uint32_t)got);
+        for (int i = 0; kind == ECHO && i < got; i++)
+            exchange_addresses(in[i].data, in[i].data);
+        if (kind == COPY)
+            send_copies(&client, in, (uint32_t)got);
+        else if (kind == FORWARD || kind == ECHO)
+            nb_client_forward(&client, in, (uint32_t)got);
+        else
+            nb_client_release(&client, in, (uint32_t)got);
         nb_client_flush(&client);
     }
 }
@@ -248,7 +281,7 @@ static void message_a(enum kind kind, uint32_t bytes)
             if (write(to_b[1], frame, bytes) != (ssize_t)bytes)
                 die("write");
         }
-        for (int i = 0; kind == ECHO && i < IN_FLIGHT; i++)
+        for (int i = 0; kind != ONEWAY && i < IN_FLIGHT; i++)
             if (read(to_a[0], back, bytes) != (ssize_t)bytes)
                 die("read");
     }
@@ -266,20 +299,31 @@ static void message_b(enum kind kind, uint32_t bytes)
         if (kind == WAKE && shared->woken_count < WAKES) {
             shared->woken[shared->woken_count] = now_ns() - load_once_64(&shared->waker_ns);
             store_release_32(&shared->woken_count, shared->woken_count + 1);
-        } else if (kind == ECHO && write(to_a[1], frame, bytes) != (ssize_t)bytes) {
+        } else if (kind != WAKE && kind != ONEWAY && write(to_a[1], frame, bytes) != (ssize_t)bytes) {
             die("write");
         }
     }
 }
 
+static enum kind kind_named(const char *name)
+{
+    unsigned kind = 0;
+    while (strcmp(KINDS[kind], name) != 0)
+        if (++kind == sizeof(KINDS) / sizeof(KINDS[0])) {
+            fprintf(stderr, "port_load: %s: no such KIND; see port_load.c\n", name);
+            exit(2);
+        }
+    return (enum kind)kind;
+}
+
 int main(int argc, char **argv)
 {
     if (argc != 7 || (length = (uint32_t)atoi(argv[3])) < SHORTEST || length > LONGEST) {
-        fprintf(stderr, "usage: port_load port|seqpacket|pipe|eventfd oneway|echo|wake LENGTH MILLISECONDS CPU_A CPU_B\n");
+        fprintf(stderr, "usage: port_load port|seqpacket|pipe|eventfd oneway|forward|echo|copy|wake LENGTH MILLISECONDS CPU_A CPU_B\n");
         return 2;
     }
     const char *what = argv[1];
-    enum kind kind = !strcmp(argv[2], "wake") ? WAKE : !strcmp(argv[2], "echo") ? ECHO : ONEWAY;
+    enum kind kind = kind_named(argv[2]);
     duration_ns = (uint64_t)atoi(argv[4]) * 1000000;
     shared = map_shared(sizeof(*shared));
     rings = map_shared(RINGS * RING_BYTES(2 * BUFFERS));

@@ -99,7 +99,8 @@ static int watch(struct netbridge *port)
     struct epoll_event event = {.events = EPOLLIN};
     port->poll_fd = epoll_create1(EPOLL_CLOEXEC);
     if (port->poll_fd < 0 || epoll_ctl(port->poll_fd, EPOLL_CTL_ADD, port->control_fd, &event) < 0 ||
-        epoll_ctl(port->poll_fd, EPOLL_CTL_ADD, port->native.driver_doorbell_fd, &event) < 0)
+        epoll_ctl(port->poll_fd, EPOLL_CTL_ADD, port->native.driver_doorbell_fd, &event) < 0 ||
+        nb_client_watch(&port->native, port->control_fd) == NB_WATCH_FAILED)
         return fail(port, NETBRIDGE_SYSTEM, errno, "cannot watch the session: %s", strerror(errno));
     return 0;
 }
@@ -136,7 +137,7 @@ struct netbridge *netbridge_connect(const char *path, const char *name, uint64_t
             *failure = (struct netbridge_failure){NETBRIDGE_SYSTEM, ENOMEM, false, "no memory for a session"};
         return NULL;
     }
-    port->control_fd = port->poll_fd = -1;
+    port->control_fd = port->poll_fd = port->native.wait_fd = -1;
     for (int i = 0; i < FDS; i++)
         port->fds[i] = -1;
     int error = establish(port, path, name, offloads, timeout_ms);
@@ -161,6 +162,7 @@ void netbridge_close(struct netbridge *port)
         return;
     if (!ended(port) && port->control_fd >= 0)
         control_bye(port, NETBRIDGE_REASON_SHUTDOWN, "");
+    nb_client_close(&port->native);
     for (int i = 0; i < 3; i++)
         if (port->mappings[i].address)
             munmap(port->mappings[i].address, port->mappings[i].size);
@@ -218,7 +220,7 @@ int netbridge_wait(struct netbridge *port, int wanted, int timeout_ms)
 {
     if (ended(port))
         return ended(port);
-    int found = nb_client_wait(&port->native, wanted, port->control_fd, timeout_ms);
+    int found = nb_client_wait(&port->native, wanted, timeout_ms);
     if (!(found & NB_WAIT_FAILED))
         return found;
     return errno == EINTR ? 0 : fail(port, NETBRIDGE_SYSTEM, errno, "cannot wait for the driver: %s", strerror(errno));

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 from contextlib import ExitStack
 
 from netbridge.datapath._core import ffi, lib
@@ -33,6 +34,11 @@ class SessionMemory:
             verify_sealed(fd, size, f"{what} region")
         if os.get_blocking(client_doorbell_fd):
             raise BadGeometry("client doorbell: not opened with O_NONBLOCK")
+        try:
+            with select.epoll.fromfd(os.dup(driver_doorbell_fd)) as doorbell:
+                doorbell.poll(0)
+        except OSError as error:
+            raise BadGeometry(f"driver doorbell: no epoll instance ({error.strerror})") from None
         with ExitStack() as stack:
             mappings = []
             for fd, size, writable in (
@@ -65,6 +71,7 @@ class SessionMemory:
 
     def close(self, *, keep_mapped: bool = False) -> None:
         """Unmaps it. `keep_mapped`: somebody still looks into it, whom that would crash."""
+        lib.nb_client_close(self.native)
         mappings, self._mappings = self._mappings, []
         if keep_mapped:
             _KEPT_MAPPED.extend(mappings)

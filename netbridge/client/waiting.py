@@ -12,7 +12,7 @@ import time
 from contextlib import ExitStack
 
 from netbridge.datapath._core import ffi, lib
-from netbridge.ipc.errors import BadGeometry, PortError
+from netbridge.ipc.errors import PortError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -23,9 +23,8 @@ class Waiting:
     """`native`: the session's `struct nb_client *`; it, the doorbell and the control socket stay the caller's."""
 
     def __init__(self, native: Any, control_fd: int, driver_doorbell_fd: int) -> None:
-        """Raises BadGeometry for a doorbell that is none."""
+        """Raises PortError when the system does not let it watch them."""
         self._native = native
-        self._control_fd = control_fd
         # `arm` was called, so somebody may be waiting on `fileno`.
         self._armed = False
         with ExitStack() as stack:
@@ -37,11 +36,9 @@ class Waiting:
             self._reminder = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
             stack.callback(os.close, self._reminder)
             self._poller.register(self._reminder, select.EPOLLIN)
-            try:
-                self._doorbell.poll(0)
-                self._poller.register(self._doorbell.fileno(), select.EPOLLIN)
-            except OSError as error:
-                raise BadGeometry(f"driver doorbell: no epoll instance ({error.strerror})") from None
+            self._poller.register(self._doorbell.fileno(), select.EPOLLIN)
+            if lib.nb_client_watch(native, control_fd) == lib.NB_WATCH_FAILED:
+                raise PortError(f"cannot watch the session: {os.strerror(ffi.errno)}")
             self._stack = stack.pop_all()
 
     def fileno(self) -> int:
@@ -71,7 +68,7 @@ class Waiting:
             if left <= 0:
                 return False
             timeout_ms = min(int(left * 1000) + 1, 1 << 30)
-        found = lib.nb_client_wait(self._native, wanted | lib.NB_WAIT_CONTROL, self._control_fd, timeout_ms)
+        found = lib.nb_client_wait(self._native, wanted | lib.NB_WAIT_CONTROL, timeout_ms)
         if found & lib.NB_WAIT_FAILED:
             raise PortError(f"cannot wait for the driver: {os.strerror(ffi.errno)}")
         if self._armed:

@@ -55,7 +55,9 @@ def library() -> Iterator[Path]:
         probe = ROOT / "tests/unit/client_c/probe.c"
         strict = ["-std=gnu11", "-Wall", "-Wextra", "-Werror", *flags.split()]
         archive = BUILD / "lib/libnetbridge-client.a"
-        call(compiler(), *strict, f"-I{BUILD}/include", str(probe), str(archive), "-o", str(BUILD / "probe"))
+        # Put in place whole: another test process may be running it.
+        call(compiler(), *strict, f"-I{BUILD}/include", str(probe), str(archive), "-o", str(BUILD / "probe.new"))
+        (BUILD / "probe.new").replace(BUILD / "probe")
     yield BUILD
 
 

@@ -399,6 +399,8 @@ struct nb_client {
     bool rx_frame_open;     /* the end of a received frame has not come yet */
     uint64_t doorbells_sent;
     uint64_t doorbells_suppressed;
+    int wait_fd;    /* epoll: the driver's doorbell, and what nb_client_watch names */
+    int watched_fd; /* -1: nothing but the doorbell */
 };
 
 /* A frame's piece as the client sees it: `data` points into DMA memory and is the client's until it gives `dma_handle`
@@ -412,8 +414,10 @@ struct nb_piece {
     uint16_t reserved;
 };
 
-/* 0, or -1 when the geometry does not hold together. */
+/* 0, or -1 when the geometry does not hold together or the doorbell cannot be waited for. */
 int nb_client_init(struct nb_client *client);
+/* Gives back what nb_client_init took of the system; the memory and the other file descriptors stay the caller's. */
+void nb_client_close(struct nb_client *client);
 /* Up to `most` received pieces, in order: those of one frame in a row, all but the last with NB_MORE, all but the first with
  * NB_CONTINUATION. -1: the driver wrote what no driver may. */
 int nb_client_receive(struct nb_client *client, struct nb_piece *pieces, uint32_t most);
@@ -437,8 +441,13 @@ void nb_client_flush(struct nb_client *client);
 
 /* What nb_client_wait may wait for, and what it found. */
 enum nb_client_wait { NB_WAIT_RECEIVE = 1, NB_WAIT_ALLOCATE = 2, NB_WAIT_CONTROL = 4, NB_WAIT_FAILED = 8 };
-/* Sleeps until one of `wanted` (or `control_fd` readable, if not -1); 0 after `timeout_ms` (-1: never). */
-int nb_client_wait(struct nb_client *client, int wanted, int control_fd, int timeout_ms);
+/* From now on `control_fd` ends every wait as soon as it is readable; -1: nothing but frames and buffers does. It stays the
+ * caller's, who names another before closing it. Returns what was watched before, for who wants to restore it; or
+ * NB_WATCH_FAILED (errno), and does nothing when that is given. */
+enum { NB_WATCH_FAILED = -2 };
+int nb_client_watch(struct nb_client *client, int control_fd);
+/* Sleeps until one of `wanted` is there, or what is watched is readable; 0 after `timeout_ms` (-1: never). */
+int nb_client_wait(struct nb_client *client, int wanted, int timeout_ms);
 
 struct nb_echo_counts {
     uint64_t frames;

@@ -95,7 +95,7 @@ void capture_pieces(struct nb_capture *capture, enum capture_direction direction
     write_out(capture);
 }
 
-int nb_client_capture(struct nb_client *client, int control_fd, uint64_t most)
+static int run(struct nb_client *client, uint64_t most)
 {
     enum { BURST = 64, BURSTS_BETWEEN_LOOKS = 256 };
     struct nb_piece pieces[BURST];
@@ -114,8 +114,16 @@ int nb_client_capture(struct nb_client *client, int control_fd, uint64_t most)
         }
         if (count > 0 && bursts % BURSTS_BETWEEN_LOOKS != 0)
             continue;
-        int found = nb_client_wait(client, NB_WAIT_RECEIVE | NB_WAIT_CONTROL, control_fd, count > 0 ? 0 : -1);
+        int found = nb_client_wait(client, NB_WAIT_RECEIVE | NB_WAIT_CONTROL, count > 0 ? 0 : -1);
         if (found & (NB_WAIT_CONTROL | NB_WAIT_FAILED))
             return 0;
     }
+}
+
+int nb_client_capture(struct nb_client *client, int control_fd, uint64_t most)
+{
+    int before = nb_client_watch(client, control_fd);
+    int result = before == NB_WATCH_FAILED ? 0 : run(client, most);
+    nb_client_watch(client, before);
+    return result;
 }

@@ -3,15 +3,42 @@
  * The driver is trusted more than a client is, but a handle or a length out of bounds would still make this process read
  * what it should not, so both are checked before they become a pointer.
  */
-#include <poll.h>
 #include <stddef.h>
 #include <sys/epoll.h>
+#include <unistd.h>
 
 #include "capture.h"
 #include "core.h"
 #include "counting.h"
 #include "net_header.h"
 #include "port_ring.h"
+
+/* The client sleeps in an epoll instance of its own, which has the doorbell edge-triggered: each ring is one event, so that
+ * a bell needs no quietening, and a wait is one system call. */
+enum source { SOURCE_DOORBELL, SOURCE_CONTROL, SOURCES };
+
+static int watch(const struct nb_client *client, int fd, uint32_t events, enum source source)
+{
+    struct epoll_event event = {.events = events, .data.u32 = source};
+    return epoll_ctl(client->wait_fd, EPOLL_CTL_ADD, fd, &event);
+}
+
+void nb_client_close(struct nb_client *client)
+{
+    if (client->wait_fd >= 0)
+        close(client->wait_fd);
+    client->wait_fd = -1;
+}
+
+static int open_wait(struct nb_client *client)
+{
+    client->watched_fd = -1;
+    client->wait_fd = epoll_create1(EPOLL_CLOEXEC);
+    if (client->wait_fd < 0 || watch(client, client->driver_doorbell_fd, EPOLLIN | EPOLLET, SOURCE_DOORBELL) == 0)
+        return client->wait_fd < 0 ? -1 : 0;
+    nb_client_close(client);
+    return -1;
+}
 
 static bool region_is_valid(const uint8_t *base, uint32_t count, uint32_t stride, uint32_t headroom)
 {
@@ -38,7 +65,8 @@ int nb_client_init(struct nb_client *client)
     client->rx_frame_open = false;
     client->doorbells_sent = 0;
     client->doorbells_suppressed = 0;
-    return valid ? 0 : -1;
+    client->wait_fd = -1;
+    return valid ? open_wait(client) : -1;
 }
 
 /* Turns an entry into a piece; false: out of bounds. */
@@ -206,34 +234,38 @@ static void account_wakeup(struct nb_client *client)
         nb_histogram_add(client->wakeups, now - rung);
 }
 
-/* The driver's doorbell is an epoll instance around the driver's eventfd (docs/port.md); an eventfd does as well. */
-static void quieten(int doorbell_fd)
+int nb_client_watch(struct nb_client *client, int control_fd)
 {
-    struct epoll_event event;
-    if (epoll_wait(doorbell_fd, &event, 1, 0) < 0)
-        doorbell_clear(doorbell_fd);
+    int before = client->watched_fd;
+    if (control_fd == before || control_fd == NB_WATCH_FAILED)
+        return before;
+    if (control_fd >= 0 && watch(client, control_fd, EPOLLIN, SOURCE_CONTROL) < 0)
+        return NB_WATCH_FAILED;
+    if (before >= 0)
+        (void)!epoll_ctl(client->wait_fd, EPOLL_CTL_DEL, before, NULL);
+    client->watched_fd = control_fd;
+    return before;
 }
 
-int nb_client_wait(struct nb_client *client, int wanted, int control_fd, int timeout_ms)
+int nb_client_wait(struct nb_client *client, int wanted, int timeout_ms)
 {
     /* No time for the loop's second turn: a doorbell left over from an earlier sleep may end a bounded wait early. */
     for (;;) {
+        struct epoll_event events[SOURCES];
         arm(client, wanted);
         fence_store_load(); /* pairs with the one in ring_must_wake */
         int found = already_there(client, wanted);
-        struct pollfd fds[2] = {{.fd = client->driver_doorbell_fd, .events = POLLIN},
-                                {.fd = control_fd, .events = POLLIN}};
-        int ready = poll(fds, 2, found ? 0 : timeout_ms);
+        int ready = epoll_wait(client->wait_fd, events, SOURCES, found ? 0 : timeout_ms);
         disarm(client, wanted);
         if (ready < 0)
             return errno == EINTR && wanted & NB_WAIT_CONTROL ? NB_WAIT_CONTROL : NB_WAIT_FAILED;
-        if (fds[0].revents) {
-            quieten(client->driver_doorbell_fd);
-            account_wakeup(client);
+        for (int i = 0; i < ready; i++) {
+            if (events[i].data.u32 == SOURCE_CONTROL)
+                found |= NB_WAIT_CONTROL;
+            else
+                account_wakeup(client);
         }
         found |= already_there(client, wanted);
-        if (fds[1].revents)
-            found |= NB_WAIT_CONTROL;
         if (found || timeout_ms >= 0)
             return found;
     }

@@ -180,7 +180,7 @@ static int add(int (*take)(struct nb_client *, struct nb_piece *, uint32_t), str
     return count;
 }
 
-int nb_client_echo(struct nb_client *client, int control_fd, struct nb_echo_counts *counts)
+static int run(struct nb_client *client, int control_fd, struct nb_echo_counts *counts)
 {
     struct pieces received = {.count = 0};
     struct pieces replies = {.count = 0};
@@ -199,7 +199,7 @@ int nb_client_echo(struct nb_client *client, int control_fd, struct nb_echo_coun
             break;
         }
         /* What came and cannot go yet waits for buffers. */
-        int found = nb_client_wait(client, (whole ? NB_WAIT_ALLOCATE : NB_WAIT_RECEIVE) | NB_WAIT_CONTROL, control_fd, -1);
+        int found = nb_client_wait(client, (whole ? NB_WAIT_ALLOCATE : NB_WAIT_RECEIVE) | NB_WAIT_CONTROL, -1);
         if (found & NB_WAIT_FAILED)
             return -1;
         if (found & NB_WAIT_CONTROL)
@@ -209,4 +209,12 @@ int nb_client_echo(struct nb_client *client, int control_fd, struct nb_echo_coun
     nb_client_unreceive(client, received.count);
     nb_client_unallocate(client, replies.count);
     return 0;
+}
+
+int nb_client_echo(struct nb_client *client, int control_fd, struct nb_echo_counts *counts)
+{
+    int before = nb_client_watch(client, control_fd);
+    int result = before == NB_WATCH_FAILED ? -1 : run(client, control_fd, counts);
+    nb_client_watch(client, before);
+    return result;
 }

@@ -35,7 +35,15 @@ struct call {
     struct nb_piece spare[SPARES];
     uint32_t first;
     uint32_t spares;
+    int both_fd;    /* epoll: the TAP device and what the caller watches */
+    bool hears_tap; /* of the TAP device it wants to know */
 };
+
+static int failed(const struct call *call)
+{
+    call->tap->error = errno;
+    return -2;
+}
 
 /* Errors that say something of one frame, or of now; the others are the device's end. */
 static bool is_refusal(int error)
@@ -188,10 +196,8 @@ static int outwards(struct call *call)
             continue;
         if (length < 0 && errno == EAGAIN)
             break;
-        if (length < 0) {
-            tap->error = errno;
-            return -2;
-        }
+        if (length < 0)
+            return failed(call);
         frames++;
         length -= (ssize_t)sizeof(header);
         if (length > (ssize_t)room || length > (ssize_t)call->client->tx_largest_frame) {
@@ -214,20 +220,22 @@ static bool is_readable(int fd)
     return poll(&look, 1, 0) > 0;
 }
 
-/* Until there is something to do: 0, or -2. `both_fd` watches the TAP device and `control_fd`. */
-static int sleep_until_needed(const struct call *call, int control_fd, int both_fd)
+/* Until there is something to do: 0, or -2. */
+static int sleep_until_needed(struct call *call)
 {
     /* Without buffers to read into, the TAP device is of no interest; its own queue holds what comes, or drops it. */
     bool can_read = has_room(call);
+    if (can_read != call->hears_tap) {
+        struct epoll_event readable = {.events = can_read ? EPOLLIN : 0};
+        if (epoll_ctl(call->both_fd, EPOLL_CTL_MOD, call->tap->fd, &readable) < 0)
+            return failed(call);
+        call->hears_tap = can_read;
+    }
     int wanted = NB_WAIT_CONTROL | NB_WAIT_RECEIVE | (can_read ? 0 : NB_WAIT_ALLOCATE);
-    int found = nb_client_wait(call->client, wanted, can_read ? both_fd : control_fd, -1);
-    if (!(found & NB_WAIT_FAILED))
-        return 0;
-    call->tap->error = errno;
-    return -2;
+    return nb_client_wait(call->client, wanted, -1) & NB_WAIT_FAILED ? failed(call) : 0;
 }
 
-static int run(struct call *call, int control_fd, int both_fd)
+static int run(struct call *call, int control_fd)
 {
     for (uint32_t rounds = 1;; rounds++) {
         int in = inwards(call);
@@ -240,25 +248,32 @@ static int run(struct call *call, int control_fd, int both_fd)
             continue;
         if (is_readable(control_fd))
             return 0;
-        if (!in && !out && sleep_until_needed(call, control_fd, both_fd) < 0)
+        if (!in && !out && sleep_until_needed(call) < 0)
             return -2;
     }
+}
+
+/* An epoll instance that watches the TAP device and `control_fd`, for the client to watch. */
+static int hear_both(struct call *call, int control_fd)
+{
+    struct epoll_event readable = {.events = EPOLLIN};
+    call->both_fd = epoll_create1(EPOLL_CLOEXEC);
+    call->hears_tap = true;
+    if (call->both_fd < 0 || epoll_ctl(call->both_fd, EPOLL_CTL_ADD, control_fd, &readable) < 0 ||
+        epoll_ctl(call->both_fd, EPOLL_CTL_ADD, call->tap->fd, &readable) < 0)
+        return NB_WATCH_FAILED;
+    return nb_client_watch(call->client, call->both_fd);
 }
 
 int nb_client_tap(struct nb_client *client, struct nb_tap *tap, int control_fd)
 {
     struct call call = {.client = client, .tap = tap};
-    struct epoll_event readable = {.events = EPOLLIN};
-    int both_fd = epoll_create1(EPOLL_CLOEXEC);
-    int result = -2;
     tap->error = 0;
-    if (both_fd >= 0 && epoll_ctl(both_fd, EPOLL_CTL_ADD, control_fd, &readable) == 0 &&
-        epoll_ctl(both_fd, EPOLL_CTL_ADD, tap->fd, &readable) == 0)
-        result = run(&call, control_fd, both_fd);
-    else
-        tap->error = errno;
-    if (both_fd >= 0)
-        close(both_fd);
+    int before = hear_both(&call, control_fd);
+    int result = before == NB_WATCH_FAILED ? failed(&call) : run(&call, control_fd);
+    nb_client_watch(client, before);
+    if (call.both_fd >= 0)
+        close(call.both_fd);
     if (result == 0)
         nb_client_unallocate(client, call.spares); /* the caller may come back, and they are its only ones */
     return result;

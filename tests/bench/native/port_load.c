@@ -227,7 +227,7 @@ static void port_service(enum kind kind)
     struct nb_piece in[BURST];
     for (;;) {
         if (kind == WAKE) {
-            int ready = nb_client_wait(&client, NB_WAIT_RECEIVE, -1, -1);
+            int ready = nb_client_wait(&client, NB_WAIT_RECEIVE, -1);
             uint64_t now = now_ns();
             if (ready <= 0)
                 exit(1);

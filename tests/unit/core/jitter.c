@@ -9,6 +9,7 @@
 uint32_t jitter_every;
 bool stores_are_late;
 int (*instead_of_poll)(struct pollfd *fds, nfds_t count, int timeout);
+int (*instead_of_epoll_wait)(int timeout);
 void (*before_epoll_wait)(void);
 
 static uint32_t draw(void)
@@ -85,6 +86,8 @@ int __real_epoll_wait(int fd, struct epoll_event *events, int most, int timeout)
 int __wrap_epoll_wait(int fd, struct epoll_event *events, int most, int timeout);
 int __wrap_epoll_wait(int fd, struct epoll_event *events, int most, int timeout)
 {
+    if (instead_of_epoll_wait)
+        return instead_of_epoll_wait(timeout);
     drain_stores();
     jitter();
     if (before_epoll_wait)
@@ -95,7 +98,6 @@ int __wrap_epoll_wait(int fd, struct epoll_event *events, int most, int timeout)
 }
 
 int __real_poll(struct pollfd *fds, nfds_t count, int timeout);
-int real_poll(struct pollfd *fds, nfds_t count, int timeout) { return __real_poll(fds, count, timeout); }
 
 int __wrap_poll(struct pollfd *fds, nfds_t count, int timeout);
 int __wrap_poll(struct pollfd *fds, nfds_t count, int timeout)

@@ -27,6 +27,7 @@ void drain_stores(void);
 extern void (*before_epoll_wait)(void);
 /* In place of poll(), if not NULL. */
 extern int (*instead_of_poll)(struct pollfd *fds, nfds_t count, int timeout);
-int real_poll(struct pollfd *fds, nfds_t count, int timeout);
+/* In place of epoll_wait(), if not NULL. */
+extern int (*instead_of_epoll_wait)(int timeout);
 
 #endif

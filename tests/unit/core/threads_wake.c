@@ -91,7 +91,7 @@ static void fight_it_out(const struct duel *duel)
     }
     __atomic_store_n(&fight.stop, true, __ATOMIC_RELEASE);
     CHECK_EQ(pthread_join(thread, NULL), 0);
-    instead_of_poll = NULL;
+    instead_of_epoll_wait = NULL;
     stores_are_late = false;
     world_discard(&fight.world); /* its books are full of what never happened */
 }
@@ -188,20 +188,18 @@ TEST(pump_falls_asleep_while_the_device_completes)
 static bool client_slept;
 
 /* Asleep until the other has looked, which is what the client's second look must not hide. */
-static int sleep_through_the_round(struct pollfd *fds, nfds_t count, int timeout)
+static int sleep_through_the_round(int timeout)
 {
     client_slept = timeout != 0;
     if (client_slept)
         wait_for(&fight.shown, fight.begun);
-    for (nfds_t i = 0; i < count; i++)
-        fds[i].revents = 0;
     return 0;
 }
 
 static void client_wakes_up_to_no_entry(struct world *world)
 {
     forge_produced(world, RX_ACTIVE, 0);
-    instead_of_poll = sleep_through_the_round;
+    instead_of_epoll_wait = sleep_through_the_round;
 }
 
 static void pump_sees_the_client_awake(struct world *world)
@@ -213,7 +211,7 @@ static bool pump_hands_over(struct world *world) { return white_box_hand_over_an
 
 static bool client_sleeps(struct world *world)
 {
-    nb_client_wait(&world->client, NB_WAIT_RECEIVE, -1, 1);
+    nb_client_wait(&world->client, NB_WAIT_RECEIVE, 1);
     return client_slept;
 }
 

@@ -471,6 +471,7 @@ void world_discard(struct world *world)
     for (uint32_t i = 1; i < world->config.pairs; i++)
         close_pair(&world->more[i - 1]);
     fake_detach(&world->device);
+    nb_client_close(&world->client);
     close_fds(world);
     struct shared *all[] = {&world->rx,        &world->tx,        &world->header,   &world->rings[0], &world->rings[1],
                             &world->rings[2], &world->rings[3], &world->rx_memory, &world->tx_memory};

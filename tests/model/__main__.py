@@ -132,22 +132,30 @@ DRIVER_CASES: dict[str, dict[str, str | int]] = {
     "SENDER": {"CLIENT": "SENDER", "FRAMES": 0, "SENDS": 2, "CONTROLS": 0},
     "ROOMY": {"CLIENT": "SENDER", "FRAMES": 0, "SENDS": 2, "TX_BUFFERS": 1, "TX_ROOM": 2, "CONTROLS": 1},
     "BOTH": {"CLIENT": "BOTH", "FRAMES": 1, "SENDS": 1, "TX_BUFFERS": 1, "CONTROLS": 0},
+    "FORWARDER": {"CLIENT": "FORWARDER", "FRAMES": 2, "RX_QUEUE": 1, "RX_BUFFERS": 1, "TX_BUFFERS": 1, "CONTROLS": 0},
+    "LIMITED": {"CLIENT": "FORWARDER", "RX_QUEUE": 1, "RX_BUFFERS": 2, "RX_LIMIT": 1, "TX_BUFFERS": 1, "CONTROLS": 0},
+    "COPIED": {"CLIENT": "FORWARDER", "COPIES": 1, "RX_QUEUE": 1, "RX_BUFFERS": 1, "TX_BUFFERS": 1, "CONTROLS": 0},
 }
 
-DRIVER_MUTANTS = {
-    "NEVER_ASKS_FOR_BUFFERS": "STARVED",
-    "STARVES_BY_HALF_ONLY": "STARVED",
-    "NO_RX_INTERRUPT": "ECHO",
-    "NO_TX_INTERRUPT": "SENDER",
-    "TX_INTERRUPT_WHEN_FULL_ONLY": "ROOMY",
-    "NO_LOOK_AT_QUEUES": "SENDER",
-    "NO_LOOK_AT_TX_ACTIVE": "SENDER",
-    "NO_LOOK_AT_RX_FREE": "STARVED",
-    "COMPLETIONS_TELL_NOBODY": "ROOMY",
-    "PRIME_TELLS_NOBODY": "SENDER",
-    "SLEEPS_BEFORE_IT_HAS_TOLD": "ROOMY",
-    "CLIENT_NEVER_FLUSHES": "ECHO",
-}
+DRIVER_MUTANTS = (
+    ("NEVER_ASKS_FOR_BUFFERS", "STARVED"),
+    ("STARVES_BY_HALF_ONLY", "STARVED"),
+    ("NO_RX_INTERRUPT", "ECHO"),
+    ("NO_TX_INTERRUPT", "SENDER"),
+    ("TX_INTERRUPT_WHEN_FULL_ONLY", "ROOMY"),
+    ("NO_LOOK_AT_QUEUES", "SENDER"),
+    ("NO_LOOK_AT_TX_ACTIVE", "SENDER"),
+    ("NO_LOOK_AT_RX_FREE", "STARVED"),
+    ("COMPLETIONS_TELL_NOBODY", "ROOMY"),
+    ("PRIME_TELLS_NOBODY", "SENDER"),
+    ("SLEEPS_BEFORE_IT_HAS_TOLD", "ROOMY"),
+    ("CLIENT_NEVER_FLUSHES", "ECHO"),
+    ("NO_TX_INTERRUPT", "FORWARDER"),
+    ("NO_LOOK_AT_TX_ACTIVE", "FORWARDER"),
+    ("CLIENT_NEVER_FLUSHES", "FORWARDER"),
+    ("NO_LOOK_AT_TX_ACTIVE", "COPIED"),
+    ("FORWARDED_IS_NOT_HELD", "LIMITED"),
+)
 
 OWNERSHIP_MUTANTS = (
     "LEASE_STAYS",
@@ -157,6 +165,9 @@ OWNERSHIP_MUTANTS = (
     "SESSION_STAYS",
     "NO_SHADOW",
 )
+
+FORWARDS: dict[str, str | int] = {"FORWARDS": 1, "LEASES": 3, "SESSIONS": 2}
+FORWARDS_MUTANTS = ("FORWARDED_STAYS", "FORWARDED_IS_FREE", "OWNER_UNCHECKED", "NO_SHADOW")
 
 ORDERED: dict[str, str | int] = {"ORDERED": 1, "BUFFERS": 3, "LEASES": 2, "SESSIONS": 2}
 ORDERED_MUTANTS = ("ONE_TOO_MANY", "NAMED_ALONE", "OLDEST_STAYS", "BATCH_STAYS", "NO_SHADOW")
@@ -191,12 +202,15 @@ def all_runs() -> Iterator[Run]:
 
     for case in DRIVER_CASES.values():
         yield Run("driver_sleep", {"MEMORY": "SC", **case})
-    for mutant, case_name in DRIVER_MUTANTS.items():
+    for mutant, case_name in DRIVER_MUTANTS:
         yield Run("driver_sleep", {"MEMORY": "SC", **DRIVER_CASES[case_name]}, mutant, must_fail=True)
 
     yield Run("ownership", {})
     for mutant in OWNERSHIP_MUTANTS:
         yield Run("ownership", {}, mutant, must_fail=True)
+    yield Run("ownership", FORWARDS)
+    for mutant in FORWARDS_MUTANTS:
+        yield Run("ownership", FORWARDS, mutant, must_fail=True)
     yield Run("ownership", ORDERED)
     for mutant in ORDERED_MUTANTS:
         yield Run("ownership", ORDERED, mutant, must_fail=True)

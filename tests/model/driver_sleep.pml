@@ -8,6 +8,7 @@
  *             of the port in an event loop
  *   SENDER    sends SENDS frames of its own as fast as it gets buffers, waiting for ALLOCATE, and receives afterwards
  *   BOTH      sends and receives, waiting for either
+ *   FORWARDER sends each frame from where it is; the driver copies it if COPIES, so that its buffer is free at once
  *
  * Frames of PIECES buffers come from the wire, FRAMES of them; the device holds one back until it has room for all of it
  * (virtio 1.3 §5.1.6.4: it may not begin a frame that it cannot end). Counts only: what is in a ring is port_ring.pml's
@@ -21,6 +22,7 @@
 #define HOLDER 1
 #define SENDER 2
 #define BOTH 3
+#define FORWARDER 4
 
 #ifndef CLIENT
 #define CLIENT ECHO
@@ -51,6 +53,9 @@
 #endif
 #ifndef TX_ROOM
 #define TX_ROOM 1       /* chains that the TX queue holds: a descriptor each for header and frame */
+#endif
+#ifndef COPIES
+#define COPIES 0
 #endif
 #define MAX_PIECES PIECES
 
@@ -187,6 +192,13 @@ inline take_back() {
     }
 }
 
+/* rx_may_hold */
+#ifdef MUTANT_FORWARDED_IS_NOT_HELD
+#define HELD_TOO 0
+#else
+#define HELD_TOO forwarded
+#endif
+
 inline receive() {
     load_acquire(PUMP, RX_USED, got);
     atomic {
@@ -196,7 +208,7 @@ inline receive() {
             in_rx_queue = in_rx_queue - PIECES;
             moved = true;
             if
-            :: lent + PIECES > RX_LIMIT -> free = free + PIECES; dropped++
+            :: lent + HELD_TOO + PIECES > RX_LIMIT -> free = free + PIECES; dropped++
             :: else -> lent = lent + PIECES; rx_active_put = rx_active_put + PIECES; publish = true
             fi
         :: else -> break
@@ -214,14 +226,19 @@ inline complete() {
     if
     :: got != tx_used_taken ->
         atomic {
-            tx_done_put = tx_done_put + (got - tx_used_taken);
             in_tx_queue = in_tx_queue - (got - tx_used_taken);
-            tx_used_taken = got;
-            got = 0;
             moved = true;
+#if CLIENT == FORWARDER
+            free = free + (COPIES -> 0 : got - tx_used_taken);
+            forwarded = forwarded - (COPIES -> 0 : got - tx_used_taken);
+#else
+            tx_done_put = tx_done_put + (got - tx_used_taken);
 #ifndef MUTANT_COMPLETIONS_TELL_NOBODY
-            tell_buffers = true
+            tell_buffers = true;
 #endif
+#endif
+            tx_used_taken = got;
+            got = 0
         };
         store_release(PUMP, TX_DONE, tx_done_put)
     :: else -> got = 0
@@ -250,6 +267,11 @@ inline transmit() {
             tx_active_taken++;
             in_tx_queue++;
             tx_avail++;
+#if CLIENT == FORWARDER
+            lent--;
+            free = free + (COPIES -> 1 : 0);
+            forwarded = forwarded + (COPIES -> 0 : 1);
+#endif
             publish = true;
             moved = true
         :: else -> break
@@ -380,7 +402,7 @@ inline look_at_fds() {
 }
 
 proctype pump() {
-    byte free = RX_BUFFERS, lent, in_rx_queue, in_tx_queue;
+    byte free = RX_BUFFERS, lent, forwarded, in_rx_queue, in_tx_queue;
     byte rx_active_put, tx_done_put, rx_free_taken, tx_active_taken, rx_used_taken, tx_used_taken, rx_avail, tx_avail;
     byte got;
     bool moved, tell_frames, tell_buffers, publish, ring, found, starves, room;
@@ -408,8 +430,8 @@ proctype pump() {
         wake_client(true);
         refill();
         transmit();
-        assert(free + lent + in_rx_queue == RX_BUFFERS);
-        assert(in_rx_queue <= RX_QUEUE && in_tx_queue <= TX_ROOM && lent <= RX_LIMIT);
+        assert(free + lent + forwarded + in_rx_queue == RX_BUFFERS);
+        assert(in_rx_queue <= RX_QUEUE && in_tx_queue <= TX_ROOM && lent + forwarded <= RX_LIMIT);
         if
         :: moved -> moved = false
         :: else ->
@@ -568,6 +590,25 @@ proctype stack() {
         :: skip
         fi
 #endif
+#if CLIENT == FORWARDER
+    ::  load_acquire(STACK, RX_ACTIVE, got);
+        atomic { count = got - rx_active_taken; got = 0 };
+        if
+        :: count > 0 ->
+            atomic {
+                rx_active_taken = rx_active_taken + count;
+                delivered = delivered + count;
+                tx_active_put = tx_active_put + count;
+                sent = sent + count;
+                count = 0
+            };
+            store_release(STACK, TX_ACTIVE, tx_active_put);
+#ifndef MUTANT_CLIENT_NEVER_FLUSHES
+            flush()
+#endif
+        :: else -> wants_frames = true; wait(false)
+        fi
+#endif
 #if CLIENT == SENDER || CLIENT == BOTH
     ::  allocate();
 #if CLIENT == SENDER
@@ -614,8 +655,12 @@ proctype judge() {
         assert(held == 0);
         assert(delivered + dropped == FRAMES);
         assert(memory[TX_USED] == memory[TX_ACTIVE]);
+#if CLIENT == FORWARDER
+        assert(memory[TX_DONE] == TX_BUFFERS);
+#else
         assert(memory[TX_DONE] == TX_BUFFERS + sent);
-#if CLIENT == ECHO
+#endif
+#if CLIENT == ECHO || CLIENT == FORWARDER
         assert(sent == delivered);
 #endif
 #if CLIENT == SENDER || CLIENT == BOTH

@@ -6,6 +6,10 @@
  * chain, at any time. The lease is 16 bits wide in C and wraps at LEASES here; there are SESSIONS sessions (after 65,535 of
  * them the numbers begin anew).
  *
+ * FORWARDS: what the client was lent it may also send from where it is: the buffer goes to the device through a second queue,
+ * with a shadow of its own, and is free when the device says that it was sent. (`forward` in transmit.c, `finish_forwarded` in
+ * complete.c. One that is copied is given back, as far as this model can see.)
+ *
  * ORDERED: IN_ORDER (virtio 1.3 §2.7.9, §2.8.9). What the device names stands for all chains from the oldest to that one
  * (ring_begin_batch); they are taken one by one (ring_next_of_batch), and refills, the client's doings or the end of the
  * session may come between. Descriptors are used in a circle.
@@ -29,6 +33,10 @@
 #define ORDERED 0
 #endif
 
+#ifndef FORWARDS
+#define FORWARDS 0
+#endif
+
 #define FREE 0      /* NB_OWNER_DRIVER */
 #define DEVICE 1
 #define CLIENT 2
@@ -42,6 +50,11 @@ byte free_stack[BUFFERS];
 /* The queue's shadow: which buffer a descriptor's chain carries, and whether it is in flight. */
 byte carried[BUFFERS];
 bool in_flight[BUFFERS];
+#if FORWARDS
+/* The same of the queue that sends. */
+byte forwarded[BUFFERS];
+bool is_sent[BUFFERS];
+#endif
 byte session = 1, sessions = 1;
 #if ORDERED
 byte free_head, oldest, batch_left;
@@ -62,8 +75,10 @@ bool holds[BUFFERS];            /* whether a descriptor is among them */
 
 #ifdef MUTANT_NO_SHADOW
 #define BELIEVED(descriptor) true
+#define BELIEVED_SENT(descriptor) true
 #else
 #define BELIEVED(descriptor) in_flight[descriptor]
+#define BELIEVED_SENT(descriptor) is_sent[descriptor]
 #endif
 
 hidden byte i_, j_, accepted, buffer_;
@@ -83,6 +98,10 @@ inline start_session() {
         free_stack[i_] = BUFFERS - 1 - i_;
         carried[i_] = 0;
         in_flight[i_] = false;
+#if FORWARDS
+        forwarded[i_] = 0;
+        is_sent[i_] = false;
+#endif
         whose[i_] = FREE;
         i_++
     :: else -> break
@@ -146,7 +165,50 @@ inline check(a_session, a_lease, index) {
     fi
 }
 
+#if FORWARDS
+/* Onto any free descriptor of the queue that sends; there are as many as buffers. */
+inline forward(buffer) {
+    i_ = 0;
+    do
+    :: is_sent[i_] -> i_++
+    :: else -> break
+    od;
+    forwarded[i_] = buffer;
+    is_sent[i_] = true;
+    whose[buffer] = DEVICE;
+#if defined(MUTANT_FORWARDED_IS_FREE)
+    free_stack[owned[FREE]] = buffer;
+    move_owner(buffer, FREE)
+#elif !defined(MUTANT_FORWARDED_STAYS)
+    move_owner(buffer, DEVICE)
+#endif
+}
+
+/* No buffer is in both queues, nor in one of them twice, and those that are belong to the device. */
+inline audit_sent() {
+    i_ = 0;
+    do
+    :: i_ < BUFFERS && is_sent[i_] ->
+        assert(owner[forwarded[i_]] == DEVICE);
+        j_ = 0;
+        do
+        :: j_ < BUFFERS ->
+            assert(!(in_flight[j_] && carried[j_] == forwarded[i_]));
+            assert(j_ == i_ || !(is_sent[j_] && forwarded[j_] == forwarded[i_]));
+            j_++
+        :: else -> break
+        od;
+        i_++
+    :: i_ < BUFFERS && !is_sent[i_] -> i_++
+    :: else -> break
+    od
+}
+#endif
+
 inline audit() {
+#if FORWARDS
+    audit_sent();
+#endif
     i_ = 0;
     do
     :: i_ < BUFFERS -> assert(owner[i_] == whose[i_]); i_++
@@ -254,6 +316,9 @@ inline take_next() {
 
 active proctype world() {
     byte a_session, a_lease, an_index, descriptor;
+#if FORWARDS
+    bool forwards;
+#endif
 #if ORDERED
     byte most;
 #endif
@@ -315,10 +380,26 @@ active proctype world() {
         :: else -> descriptor = 0      /* a fault: the session ends, below */
         fi
 #endif
+#if FORWARDS
+    /* The device says that it sent some chain, true or not. */
+    ::  select(descriptor : 0 .. BUFFERS);
+        if
+        :: d_step { descriptor < BUFFERS && BELIEVED_SENT(descriptor) ->
+            is_sent[descriptor] = false; put_free(forwarded[descriptor]); forwarded[descriptor] = 0; audit();
+            descriptor = 0 }
+        :: else -> descriptor = 0
+        fi
+#endif
     /* The client gives something back, or sends it. */
     ::  select(a_session : 1 .. SESSIONS);
         select(a_lease : 0 .. LEASES - 1);
         select(an_index : 0 .. BUFFERS);
+#if FORWARDS
+        if
+        :: forwards = true
+        :: skip
+        fi;
+#endif
         skip;
         d_step {
             check(a_session, a_lease, an_index);
@@ -326,10 +407,20 @@ active proctype world() {
             :: accepted ->
                 assert(whose[an_index] == CLIENT);
                 assert(a_session == given_session[an_index] && a_lease == given_lease[an_index]);
+#if FORWARDS
+                if
+                :: forwards -> forward(an_index)
+                :: else -> put_free(an_index)
+                fi
+#else
                 put_free(an_index)
+#endif
             :: else -> skip
             fi;
             accepted = 0;
+#if FORWARDS
+            forwards = false;
+#endif
             audit();
             a_session = 0;
             a_lease = 0;

@@ -172,6 +172,12 @@ void nb_pump_run(struct nb_pump *pump, struct nb_pump_result *result)
 
 /* ---- Making and freeing --------------------------------------------------------------------------------------- */
 
+/* What may be in front of a frame in its buffer is read in words of 32 bits. */
+static bool header_is_aligned(const struct nb_region *region)
+{
+    return ((uintptr_t)region->base + region->headroom) % 4 == 0 && region->stride % 4 == 0;
+}
+
 static bool headers_are_consistent(const struct nb_pump_config *config)
 {
     const struct nb_region *rx = &config->rx_ledger->region;
@@ -181,11 +187,10 @@ static bool headers_are_consistent(const struct nb_pump_config *config)
     bool merge_header_is_valid = config->net_header_bytes >= NB_NET_HEADER_BYTES &&
                                  ((uintptr_t)rx->base + rx->headroom - config->net_header_bytes) % 2 == 0 &&
                                  rx->stride % 2 == 0;
-    /* What may be in front of a frame in its buffer is read in words of 32 bits. */
     bool looks_there = config->offloads & TX_OFFLOADS || config->tx_header_with_frame;
     bool header_there_is_valid = config->net_header_bytes == NB_NET_HEADER_BYTES && config->tx_slots &&
-                                 tx->headroom >= NB_NET_HEADER_BYTES &&
-                                 ((uintptr_t)tx->base + tx->headroom) % 4 == 0 && tx->stride % 4 == 0;
+                                 tx->headroom >= NB_NET_HEADER_BYTES && header_is_aligned(tx) &&
+                                 (!config->tx_header_with_frame || header_is_aligned(rx)); /* of one that is forwarded */
     /* Whole lines are copied, whatever the frame's length. */
     bool copies = config->tx_copied != 0;
     bool copy_is_valid = config->tx_slots && config->tx_copied <= NB_TX_MOST_COPIED &&

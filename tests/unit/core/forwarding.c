@@ -138,6 +138,20 @@ TEST(every_short_frame_on_its_way_has_a_slot)
     world_close(&world);
 }
 
+/* The same place of another pair's queue has a slot of its own. */
+TEST(each_pair_has_slots_of_its_own)
+{
+    struct world world;
+    world_open(&world, (struct world_config){.tx_copied = COPIED, .pairs = 3, .rx_count = 192});
+    for (uint8_t pair = 0; pair < 3; pair++)
+        forward_on(&world, obtain(&world, pair, SHORT), pair);
+    world_pump_idle(&world);
+    for (uint8_t pair = 0; pair < 3; pair++)
+        expect_sent(&world, pair, pair, SHORT, 1);
+    world_pump_idle(&world);
+    world_close(&world);
+}
+
 /* Each way that a frame can go, behind each other way. */
 TEST(forwarded_and_sent_frames_keep_their_order)
 {

@@ -1,5 +1,6 @@
 /* A client that lies about what it forwards: refused as with any other handle, and the device gets nothing of it. */
 #include "check.h"
+#include "ledger.h"
 #include "net_header.h"
 #include "world.h"
 
@@ -160,4 +161,27 @@ TEST(forwarded_in_the_midst_of_a_frame_in_pieces)
     world_expect_client_fault(&world, NB_REFUSE_PIECES);
     CHECK_EQ(fake_available(&world.device.tx), 0);
     world_close(&world);
+}
+
+/* An RX buffer may hold more than may be sent. */
+TEST(forwarded_frame_longer_than_may_be_sent)
+{
+    enum { LARGEST = 900 };
+    struct world world;
+    world_open(&world, (struct world_config){0});
+    struct nb_pump_config config = world.pump_config;
+    struct nb_region tx = world.tx_ledger->region;
+    tx.stride = HEADROOM + LARGEST;
+    struct nb_ledger *small = config.tx_ledger = nb_ledger_new(&tx);
+    config.tx_largest_frame = LARGEST;
+    nb_pump_free(world.pump);
+    world.pump = nb_pump_new(&config);
+    CHECK(world.pump != NULL);
+    forward_on(&world, obtain(&world, 0, LARGEST), 0);
+    world_pump_idle(&world);
+    transmit_one(&world, 0, LARGEST);
+    forward_on(&world, obtain(&world, 1, LARGEST + 1), 0);
+    world_expect_client_fault(&world, NB_REFUSE_LENGTH);
+    world_close(&world);
+    nb_ledger_free(small);
 }

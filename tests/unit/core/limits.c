@@ -1,5 +1,6 @@
 /* What the core refuses to be made of, and the odd function that stands alone. */
 #include "check.h"
+#include "ledger.h"
 #include "world.h"
 
 #include <errno.h>
@@ -112,6 +113,23 @@ TEST(pump_of_an_impossible_configuration)
     REFUSE(config.tx_header_with_frame = 1; config.tx_slots = NULL);
     REFUSE(config.tx_header_with_frame = 1; config.tx_slots = world.header.device; config.net_header_bytes = 10);
     REFUSE(config.intx_fd = world.control_fd); /* INTx, and no ISR status to read */
+    world_close(&world);
+}
+
+/* Headers in received frames' buffers, where a forwarded frame's is put, that are not where words of 32 bits may be; buffers
+ * too short for whole lines to be copied from. */
+TEST(pump_that_cannot_forward_from_its_buffers)
+{
+    struct world world;
+    world_open(&world, (struct world_config){.tx_copied = NB_TX_MOST_COPIED, .tx_header_with_frame = true});
+    struct nb_region odd = world.rx_ledger->region, shallow = odd;
+    odd.headroom = HEADROOM - 2;
+    shallow.stride = HEADROOM + NB_TX_MOST_COPIED - 4;
+    struct nb_ledger *odd_ledger = nb_ledger_new(&odd), *shallow_ledger = nb_ledger_new(&shallow);
+    REFUSE(config.rx_ledger = odd_ledger);
+    REFUSE(config.rx_ledger = shallow_ledger);
+    nb_ledger_free(odd_ledger);
+    nb_ledger_free(shallow_ledger);
     world_close(&world);
 }
 

@@ -49,6 +49,17 @@ TEST(a_client_that_is_waited_for_can_send)
     world_close(&world);
 }
 
+static void pump_until_dropped(struct world *world, uint64_t frames)
+{
+    double deadline = seconds_now() + 30;
+    world_start_pump(world);
+    while (*(volatile uint64_t *)&world->counters.drops[NB_DROP_CLIENT_SLOW] != frames) {
+        CHECK(seconds_now() < deadline);
+        sched_yield();
+    }
+    world_stop_pump(world);
+}
+
 /* And every one of them is counted; after that nobody waits for it, until it has given something back. */
 TEST(a_client_that_gives_nothing_back_costs_its_frames)
 {
@@ -57,12 +68,7 @@ TEST(a_client_that_gives_nothing_back_costs_its_frames)
     world_open(&world, ONE_PROCESSOR);
     deliver_all(&world);
     double begin = seconds_now();
-    world_start_pump(&world);
-    while (*(volatile uint64_t *)&world.counters.drops[NB_DROP_CLIENT_SLOW] != FRAMES - LIMIT) {
-        CHECK(seconds_now() < begin + 30);
-        sched_yield();
-    }
-    world_stop_pump(&world);
+    pump_until_dropped(&world, FRAMES - LIMIT);
     CHECK(seconds_now() > begin + 0.05);
     CHECK_EQ(nb_ledger_owned(world.rx_ledger, NB_OWNER_CLIENT), LIMIT);
 
@@ -76,5 +82,48 @@ TEST(a_client_that_gives_nothing_back_costs_its_frames)
     world_pump_idle(&world);
     CHECK_EQ(nb_client_receive(&world.client, pieces, FRAMES), LIMIT);
     CHECK_EQ(world.counters.drops[NB_DROP_CLIENT_SLOW], FRAMES - LIMIT + 1);
+    world_close(&world);
+}
+
+/* What it forwards it has given back, whether its buffer is free at once, for it was copied, or when the device has
+ * sent it. */
+TEST(a_client_that_forwards_is_waited_for_again)
+{
+    for (uint32_t copied = 0; copied <= LENGTH; copied += LENGTH) {
+        struct world world;
+        struct nb_piece pieces[FRAMES];
+        struct world_config config = ONE_PROCESSOR;
+        config.tx_copied = copied;
+        world_open(&world, config);
+        deliver_all(&world);
+        pump_until_dropped(&world, FRAMES - LIMIT);
+        CHECK_EQ(nb_client_receive(&world.client, pieces, FRAMES), LIMIT);
+        nb_client_forward(&world.client, pieces, LIMIT);
+        world_pump_idle(&world);
+        deliver_all(&world);
+        world_pump_idle(&world);
+        CHECK_EQ(nb_client_receive(&world.client, pieces, FRAMES), copied ? LIMIT : 0);
+        CHECK_EQ(world.counters.drops[NB_DROP_CLIENT_SLOW], FRAMES - LIMIT);
+        world_close(&world);
+    }
+}
+
+/* It can do nothing about a device that sends nothing; when it does, all is as before. */
+TEST(a_device_that_was_slow_to_send_costs_no_more_frames)
+{
+    struct world world;
+    struct nb_piece pieces[FRAMES];
+    world_open(&world, ONE_PROCESSOR);
+    for (uint64_t i = 0; i < LIMIT; i++)
+        forward_on(&world, obtain(&world, i, LENGTH), 0);
+    deliver_all(&world);
+    pump_until_dropped(&world, FRAMES);
+    for (uint64_t i = 0; i < LIMIT; i++)
+        transmit_one(&world, i, LENGTH);
+    world_pump_idle(&world);
+    deliver_all(&world);
+    world_pump_idle(&world);
+    CHECK_EQ(nb_client_receive(&world.client, pieces, FRAMES), LIMIT);
+    CHECK_EQ(world.counters.drops[NB_DROP_CLIENT_SLOW], FRAMES);
     world_close(&world);
 }

@@ -288,6 +288,28 @@ TEST(frames_that_were_being_forwarded_are_lost_and_their_buffers_are_not)
     world_close(&world);
 }
 
+/* A queue may have another size than before: what belongs to its places is laid out anew. */
+TEST(a_device_with_a_shorter_queue_after_its_reset)
+{
+    struct world world;
+    world_open(&world, (struct world_config){.pairs = 2, .tx_copied = NB_TX_MOST_COPIED});
+    struct world_pair *second = &world.more[0];
+    salvage(&world);
+    nb_virtqueue_free(world.tx_queue);
+    nb_virtqueue_free(second->rx_queue);
+    nb_virtqueue_free(second->tx_queue);
+    struct nb_virtqueue_config shorter = world.tx_config;
+    shorter.size /= 2;
+    world.tx_queue = new_queue(&shorter);
+    second->rx_queue = new_queue(&second->rx_config);
+    second->tx_queue = new_queue(&second->tx_config);
+    struct nb_pump_pair pairs[] = {{world.rx_queue, world.tx_queue, world.rx_irq_fd, world.tx_irq_fd},
+                                   {second->rx_queue, second->tx_queue, second->irq_fd, second->irq_fd}};
+    CHECK_EQ(nb_pump_resume(world.pump, pairs, 2, world.header.driver, world.pump_config.tx_slots_iova), 0);
+    world_attach_device(&world);
+    world_close(&world); /* with its audit */
+}
+
 /* ---- A device that is stuck ------------------------------------------------------------------------------------ */
 
 enum { STALL_MS = 20 };

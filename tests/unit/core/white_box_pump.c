@@ -193,6 +193,10 @@ static const char *audit_holdings(const struct nb_pump *pump, struct holdings *r
         wrong = hold_frame(rx, tx, pump, pump->gathered.first);
     if (!wrong && (rx->count != rx->ledger->owned[NB_OWNER_DEVICE] || tx->count != tx->ledger->owned[NB_OWNER_DEVICE]))
         wrong = "the device owns buffers that are in no queue";
+    uint32_t slot = 1 + tx->ledger->region.count;
+    for (uint32_t i = 0; i < pump->config.pair_count && !wrong; slot += pump->pairs[i++].tx_queue->size)
+        if (pump->pairs[i].first_slot != slot)
+            wrong = "a pair's slots for copies are not behind those of the pair before";
     if (!wrong && pump->rx_may_hold != pump->config.rx_client_limit - rx->forwarded)
         wrong = "what the client may hold is not its limit without what it forwards";
     return wrong;

@@ -54,6 +54,12 @@ SHAPES = st.fixed_dictionaries(
 DEVICE_WRITES = 2  # a descriptor's flag (virtio 1.3 §2.7.5)
 
 
+def whose(address: int) -> tuple[int, int, int]:
+    """The region, buffer and offset that the device was given."""
+    region, start = (RX, RX_IOVA) if RX_IOVA <= address < TX_IOVA else (TX, TX_IOVA)
+    return region, *divmod(address - start, STRIDE)
+
+
 class Ownership(RuleBasedStateMachine):
     """The verbs of a device and a client, and what must be true after each turn of the pump."""
 
@@ -70,14 +76,16 @@ class Ownership(RuleBasedStateMachine):
 
     def begin(self, shape: Shape) -> None:
         self.teardown()
-        self.limit = shape["limit"]
+        self.limit, self.burst = shape["limit"], shape["burst"]
         self.world = World(**shape)
         rx_count, tx_count = shape["rx_count"], shape["tx_count"]
         self.over = False
         self.rx_lease = [0] * rx_count
         self.tx_lease = [1] * tx_count
-        # The client's, and what it has given back or sent that the pump has not seen yet.
+        # The client's, what it forwards and the device has not sent, and what it has given back or sent that the pump
+        # has not seen yet.
         self.held: list[Entry] = []
+        self.forwarded: set[int] = set()
         self.returned = 0
         self.spare = [Entry(handle(TX, i, 1), ROOM, KIND_ACK) for i in range(tx_count)]
         assert self.world.tx_done.take_all() == self.spare
@@ -86,7 +94,7 @@ class Ownership(RuleBasedStateMachine):
         self.posted: list[Chain] = []
         self.sending: list[Chain] = []
         self.delivered: list[tuple[int, bytes]] = []
-        self.completed: list[tuple[int, int]] = []
+        self.completed: list[tuple[int, int]] = []  # region and index
         self.received = self.dropped = self.short = self.sent = 0
         self.run_pump()
 
@@ -119,9 +127,9 @@ class Ownership(RuleBasedStateMachine):
         """The used length of a sent frame means nothing."""
         assert self.world is not None
         chain = self.sending.pop(data.draw(st.integers(0, len(self.sending) - 1), label="which frame"))
-        (_, (address, frame_bytes, _)) = chain.descriptors
+        (_, (address, _, _)) = chain.descriptors
         self.world.tx_queue.push(chain.head, length)
-        self.completed.append(((address - TX_IOVA) // STRIDE, frame_bytes))
+        self.completed.append(whose(address)[:2])
 
     # ---- The client -----------------------------------------------------------------------------------------------
 
@@ -144,6 +152,16 @@ class Ownership(RuleBasedStateMachine):
         self.world.tx_active.put(Entry(entry.handle, length, KIND_TX))
         self.waiting.append(frame)
 
+    @precondition(lambda self: not self.over and self.held)
+    @rule(data=st.data(), length=st.integers(14, ROOM))
+    def forward(self, data: st.DataObject, length: int) -> None:
+        assert self.world is not None
+        entry = self.held.pop(data.draw(st.integers(0, len(self.held) - 1), label="which buffer"))
+        self.world.tx_active.put(Entry(entry.handle, length, KIND_TX))
+        start = entry.index * STRIDE + HEADROOM
+        self.waiting.append(bytes(self.world.rx_bytes[start : start + length]))
+        self.forwarded.add(entry.index)
+
     # ---- The pump -------------------------------------------------------------------------------------------------
 
     @precondition(lambda self: not self.over)
@@ -164,11 +182,13 @@ class Ownership(RuleBasedStateMachine):
         assert self.world is not None
         self.returned = 0
         lent: list[Entry] = []
-        for index, frame in self.delivered:
+        for number, (index, frame) in enumerate(self.delivered):
             self.received += 1
+            if number == self.burst:
+                self.forget_sent()
             if len(frame) < 14:
                 self.short += 1
-            elif len(self.held) + len(lent) + 1 > self.limit:
+            elif len(self.held) + len(self.forwarded) + len(lent) + 1 > self.limit:
                 self.dropped += 1
             else:
                 self.rx_lease[index] += 1
@@ -178,15 +198,28 @@ class Ownership(RuleBasedStateMachine):
         self.delivered = []
         assert self.world.rx_active.take_all() == lent
         self.held += lent
-        in_queue = min(self.world.rx_queue.size, self.world.rx_count - len(self.held))
-        driver = self.world.rx_count - len(self.held) - in_queue
-        assert self.world.owned(RX) == (driver, in_queue, len(self.held))
+        self.forget_sent()
+
+    def forget_sent(self) -> None:
+        """A round takes what was sent after a burst of what was received."""
+        self.forwarded -= {index for region, index in self.completed if region == RX}
+
+    def check_rx_owners(self) -> None:
+        assert self.world is not None
+        in_queue = len(self.posted)
+        assert in_queue == min(self.world.rx_queue.size, self.world.rx_count - len(self.held) - len(self.forwarded))
+        sent = sum(whose(chain.descriptors[1][0])[0] == RX for chain in self.sending)
+        client = len(self.held) + len(self.forwarded) - sent
+        driver = self.world.rx_count - in_queue - sent - client
+        assert self.world.owned(RX) == (driver, in_queue + sent, client)
 
     def check_acknowledged(self) -> None:
         assert self.world is not None
         acknowledged = []
-        for index, _ in self.completed:
+        for region, index in self.completed:
             self.sent += 1
+            if region == RX:
+                continue
             self.tx_lease[index] += 1
             acknowledged.append(Entry(handle(TX, index, self.tx_lease[index]), ROOM, KIND_ACK))
         self.completed = []
@@ -196,7 +229,6 @@ class Ownership(RuleBasedStateMachine):
     def check_device(self) -> None:
         assert self.world is not None
         self.posted += self.world.rx_queue.pop_all()
-        assert len(self.posted) == self.world.owned(RX)[1]
         fresh = self.world.tx_queue.pop_all()
         room = self.world.tx_queue.frames - len(self.sending)
         assert len(fresh) == min(room, len(self.waiting))
@@ -204,12 +236,15 @@ class Ownership(RuleBasedStateMachine):
             header, (address, length, flags) = chain.descriptors
             assert header == (HEADER_IOVA, HEADER, 0)
             assert flags == 0
-            index, offset = divmod(address - TX_IOVA, STRIDE)
+            region, index, offset = whose(address)
             assert offset == HEADROOM
+            memory = self.world.rx_bytes if region == RX else self.world.tx_bytes
             start = index * STRIDE + HEADROOM
-            assert bytes(self.world.tx_bytes[start : start + length]) == self.waiting.popleft()
+            assert bytes(memory[start : start + length]) == self.waiting.popleft()
         self.sending += fresh
-        assert self.world.owned(TX) == (0, len(self.sending), self.world.tx_count - len(self.sending))
+        sent = sum(whose(chain.descriptors[1][0])[0] == TX for chain in self.sending)
+        assert self.world.owned(TX) == (0, sent, self.world.tx_count - sent)
+        self.check_rx_owners()
 
     # ---- Lies: each ends the session ------------------------------------------------------------------------------
 

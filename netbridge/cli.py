@@ -12,11 +12,15 @@ import os
 import pwd
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from netbridge.errors import ExitCode, NetbridgeError, UsageError
 from netbridge.log import Log
 from vfio.errors import VfioError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 RUN_DIRECTORY = "/run/netbridge"
 SERVICE_USER = "aethernet"
@@ -62,6 +66,20 @@ def _failed(error: Exception, code: int) -> int:
     return code
 
 
+class _Verb(argparse.ArgumentParser):
+    """A verb, whose arguments are defined when it is called: a start does not wait for the modules of other verbs."""
+
+    def __init__(self, *, define: Callable[[argparse.ArgumentParser], None], **options: Any) -> None:
+        super().__init__(**options)
+        self._define: Callable[[argparse.ArgumentParser], None] | None = define
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        define, self._define = self._define, None
+        if define:
+            define(self)
+        return super().parse_known_args(args, namespace)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="netbridge",
@@ -69,19 +87,20 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
-    _add_run(verbs.add_parser("run", help="claim the manifest's function and serve its port until stopped"))
-    _add_check(verbs.add_parser("check", help="check a manifest and show what it grants"))
-    _add_stats(verbs.add_parser("stats", help="show the counters of a running driver"))
-    _add_features(verbs.add_parser("features", help="show what a running driver and its device have agreed on"))
-    _add_top(verbs.add_parser("top", help="show what a running driver does, refreshed"))
-    _add_exporter(verbs.add_parser("exporter", help="export a running driver's counters to Prometheus"))
-    _add_capture(verbs.add_parser("capture", help="take the port and write its frames to a pcapng file"))
-    _add_tap(verbs.add_parser("tap", help="put the Linux stack behind the port, through a TAP device"))
-    _add_debug(verbs.add_parser("debug", help="read and write a function's registers raw (needs CAP_SYSCALL_RAW)"))
-    _add_restore(
-        verbs.add_parser("restore", help="give functions that a crashed driver left behind to their own driver")
-    )
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True, parser_class=_Verb)
+    for name, define, what in (
+        ("run", _add_run, "claim the manifest's function and serve its port until stopped"),
+        ("check", _add_check, "check a manifest and show what it grants"),
+        ("stats", _add_stats, "show the counters of a running driver"),
+        ("features", _add_features, "show what a running driver and its device have agreed on"),
+        ("top", _add_top, "show what a running driver does, refreshed"),
+        ("exporter", _add_exporter, "export a running driver's counters to Prometheus"),
+        ("capture", _add_capture, "take the port and write its frames to a pcapng file"),
+        ("tap", _add_tap, "put the Linux stack behind the port, through a TAP device"),
+        ("debug", _add_debug, "read and write a function's registers raw (needs CAP_SYSCALL_RAW)"),
+        ("restore", _add_restore, "give functions that a crashed driver left behind to their own driver"),
+    ):
+        verbs.add_parser(name, help=what, define=define)
     return parser
 
 

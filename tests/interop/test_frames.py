@@ -102,6 +102,32 @@ def take(frames: Sequence[Frame], received: Sequence[list[bytes]]) -> None:
             received[frame.queue].append(bytes(frame))
 
 
+def test_forwarded_from_where_they_came(tmp_path: Path, ring: str) -> None:
+    """Short ones, which the driver copies, among long ones, which the device reads where it has written them."""
+    device = tmp_path / "nic"
+    incoming = rig.frames(lengths(COUNT), seed=9)
+    with (
+        rig.pcap_device(tmp_path, device, incoming) as testpmd,
+        rig.driver(tmp_path, device, *without(ring, merges=True)) as driver,
+        driver.connect() as port,
+    ):
+        testpmd.await_link()
+        testpmd.tell("start")
+        count = 0
+        while count < COUNT:
+            frames = port.receive(timeout=rig.DEADLINE_S)
+            assert frames, f"{count} of {COUNT} frames came"
+            port.forward(frames)
+            count += len(frames)
+        testpmd.await_count(1, "TX-packets", COUNT)
+        testpmd.tell("stop")
+        port.close()
+        driver.stop()
+        testpmd.quit()
+    rig.assert_same(rig.read_pcap(tmp_path / "out.pcap"), incoming)
+    assert_ledger(driver, incoming, incoming)
+
+
 def test_two_queue_pairs(tmp_path: Path, ring: str) -> None:
     """What comes on a pair, came on it at the other end, in order; and what is sent on it."""
     device = tmp_path / "nic"

@@ -18,7 +18,7 @@
 
 #include "tally.h"
 
-enum { BURST = 64, ROOM = 4096, FRAMES = 2048, MAC = 6, LOOK_MS = 500 };
+enum { BURST = 64, ROOM = 4096, FRAMES = 2048, MAC = 6, LOOK_MS = 500, BUSY_MS = 5000, BUSY_LOOK_MS = 10 };
 enum work { RECEIVE, TRANSMIT, ECHO };
 
 static const struct {
@@ -46,7 +46,7 @@ static void on_signal(int number)
     stop = 1;
 }
 
-/* In the first mode that is granted; its name, or NULL after telling why each was refused. */
+/* In the first mode that is granted; its name, or NULL (errno) after telling why each was refused. EBUSY: none was. */
 static const char *open_port(struct port *port, const char *interface)
 {
     struct xsk_umem_config memory = {.fill_size = FRAMES, .comp_size = FRAMES, .frame_size = ROOM};
@@ -65,9 +65,25 @@ static const char *open_port(struct port *port, const char *interface)
                 return MODES[i].name;
             xsk_umem__delete(port->umem);
         }
-        fprintf(stderr, "frames_xdp: %s: %s\n", MODES[i].name, strerror(-error));
+        errno = -error;
+        if (errno == EBUSY)
+            return NULL;
+        fprintf(stderr, "frames_xdp: %s: %s\n", MODES[i].name, strerror(errno));
     }
     return NULL;
+}
+
+/* The kernel takes an earlier socket off the queue some time after its process ended, and nothing tells when. */
+static const char *open_port_in_turn(struct port *port, const char *interface)
+{
+    const char *mode = open_port(port, interface);
+    for (int waited = 0; !mode && errno == EBUSY && waited < BUSY_MS; waited += BUSY_LOOK_MS) {
+        poll(NULL, 0, BUSY_LOOK_MS);
+        mode = open_port(port, interface);
+    }
+    if (!mode && errno == EBUSY)
+        fprintf(stderr, "frames_xdp: another socket has the queue, and kept it for %d ms\n", BUSY_MS);
+    return mode;
 }
 
 /* To the receive queue, all of FRAMES at most: there is always room. */
@@ -167,7 +183,7 @@ int main(int argc, char **argv)
     volatile uint64_t *tally = tally_open(argv[3]);
     signal(SIGTERM, on_signal);
     port.frames = mmap(NULL, (size_t)FRAMES * ROOM, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
-    const char *mode = port.frames == MAP_FAILED ? NULL : open_port(&port, argv[4]);
+    const char *mode = port.frames == MAP_FAILED ? NULL : open_port_in_turn(&port, argv[4]);
     if (!mode)
         return 1;
     if (what > ECHO) {

@@ -67,11 +67,12 @@ def _failed(error: Exception, code: int) -> int:
 
 
 class _Verb(argparse.ArgumentParser):
-    """A verb, whose arguments are defined when it is called: a start does not wait for the modules of other verbs."""
+    """A verb, whose arguments are defined when it is called: a start does not wait for the modules of other verbs.
+    argparse makes verbs below a verb of the same class: without `define`, since whoever makes them defines them."""
 
-    def __init__(self, *, define: Callable[[argparse.ArgumentParser], None], **options: Any) -> None:
+    def __init__(self, *, define: Callable[[argparse.ArgumentParser], None] | None = None, **options: Any) -> None:
         super().__init__(**options)
-        self._define: Callable[[argparse.ArgumentParser], None] | None = define
+        self._define = define
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         define, self._define = self._define, None

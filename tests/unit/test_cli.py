@@ -68,16 +68,20 @@ def command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Command:
     return Command(tmp_path, capsys)
 
 
+VERBS = ("run", "check", "stats", "features", "top", "exporter", "capture", "tap", "debug", "restore")
+
+
 def test_help_tells_every_verb_and_exit_code(command: Command) -> None:
     assert command("--help") == ExitCode.OK
-    for word in ("run", "check", "stats", "restore", "exit codes", "130"):
+    assert re.findall(r"^    (\w+)  ", command.stdout, re.MULTILINE) == list(VERBS)
+    for word in ("exit codes", "130"):
         assert word in command.stdout
 
 
-@pytest.mark.parametrize("verb", ["run", "check", "stats", "restore"])
+@pytest.mark.parametrize("verb", [*VERBS, "debug config", "debug bar"])
 def test_every_verb_has_help(command: Command, verb: str) -> None:
-    assert command(verb, "--help") == ExitCode.OK
-    assert "usage: netbridge" in command.stdout
+    assert command(*verb.split(), "--help") == ExitCode.OK
+    assert f"usage: netbridge {verb} " in command.stdout
 
 
 def test_a_function_that_is_not_there(command: Command) -> None:
@@ -99,6 +103,12 @@ def test_a_capability_that_is_missing_is_refused_by_name(command: Command, capab
     assert capability in command.stderr
     assert str(command.manifest) in command.stderr
     assert not (command.directory / "run").exists(), "nothing was touched"
+
+
+@pytest.mark.parametrize("words", [("config", "{}"), ("bar", "{}", "4", "0x14", "--width", "1")], ids=" ".join)
+def test_registers_are_not_read_without_a_grant(command: Command, words: tuple[str, ...]) -> None:
+    assert command("debug", *(word.format(command.manifest) for word in words)) == ExitCode.REFUSED
+    assert "CAP_SYSCALL_RAW" in command.stderr
 
 
 def test_another_function_than_the_manifests_is_refused(command: Command) -> None:

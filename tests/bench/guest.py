@@ -273,7 +273,7 @@ class _Packet(_Driver):
             f"import glob, os; os.path.basename(glob.glob('/sys/bus/pci/devices/{self._pci}/virtio*/net/*')[0])"
         )
         self._guest.run(["ip", "link", "set", self._interface, "addrgenmode", "none"])
-        self._guest.run(["ip", "link", "set", self._interface, "up"])
+        self._guest.bring_up(self._interface)
         yield
 
     @contextmanager

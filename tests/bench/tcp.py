@@ -163,7 +163,7 @@ class _Kernel(_Stack):
             f"import glob, os; os.path.basename(glob.glob('/sys/bus/pci/devices/{self._pci}/virtio*/net/*')[0])"
         )
         self._guest.run(["ip", "address", "add", f"{GUEST}/{LENGTH}", "dev", interface])
-        self._guest.run(["ip", "link", "set", interface, "up"])
+        self._guest.bring_up(interface)
         yield
         with contextlib.suppress(HarnessError):
             self._guest.run(["ip", "address", "flush", "dev", interface])

@@ -1,7 +1,8 @@
 """`make bench`: Net-Bridge beside its peers, on the same work, in the same run, in turns.
 
 Prints a table of ratios with their spread, and leaves report.json, machine.json and a picture for each bench in
-build/bench. A bench that cannot run here says why, and is not counted as a success.
+build/bench; no pictures without matplotlib, which `make bench` installs. A bench that cannot run here says why, and is
+not counted as a success.
 Exit codes: 0 everything ran; 1 something failed while it was measured; 2 the command line is wrong; 3 something could
 not be measured here; 130 Ctrl-C. A goal that is missed changes none of them: it is marked in the table.
 """
@@ -50,6 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if rounds < LEAST_ROUNDS:
         parser.error(f"--rounds {rounds}: a spread wants at least {LEAST_ROUNDS}")
 
+    if not report.can_plot():
+        print("bench: no pictures will be drawn: matplotlib is missing, which make bench installs", file=sys.stderr)
     machine.claim_processors()
     report.OUT.mkdir(parents=True, exist_ok=True)
     report.MACHINE.write_text(json.dumps(machine.describe(), indent=1) + "\n")
@@ -110,8 +113,9 @@ def _finish(rows: list[Row], as_json: bool, keep: bool) -> None:
         print(json.dumps([row.as_dict() for row in rows], indent=1))
     else:
         print(f"\n{report.table(rows)}\n\n{report.REPORT}")
-    for picture in report.plot(rows):
-        print(picture, file=sys.stderr)
+    if report.can_plot():
+        for picture in report.plot(rows):
+            print(picture, file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ replaces that bench's rows and leaves the others. `docs/performance.md` takes it
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 from collections.abc import Iterable, Sequence
@@ -122,6 +123,11 @@ def write_page(path: Path = PAGE) -> None:
         raise ValueError(f"{path} lacks the line {BEGIN!r} or {END!r}")
     machine = json.loads(MACHINE.read_text()) if MACHINE.exists() else {}
     path.write_text(before + page(load(), machine) + after)
+
+
+def can_plot() -> bool:
+    """Whether there is matplotlib."""
+    return importlib.util.find_spec("matplotlib") is not None
 
 
 def plot(rows: Sequence[Row], directory: Path = OUT) -> list[Path]:

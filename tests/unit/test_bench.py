@@ -7,14 +7,16 @@ import json
 import os
 import socket
 import subprocess
+import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.bench import guest, machine, native, report
+from tests.bench import __main__ as command
+from tests.bench import guest, machine, native, port, report
 from tests.bench.contest import Contest, Row, Unavailable, Work
 from tests.bench.wire import LoadWire
 
@@ -180,3 +182,39 @@ def test_a_paced_load_is_no_more_than_it_should_be(echoing_wire: tuple[LoadWire,
     load, may = echoing_wire
     may.set()
     assert 1 < load.paced(64, guest.MAC, 0.3, 500) < 1000
+
+
+# ---- The command
+
+
+@pytest.fixture
+def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
+    """`python -m tests.bench port`, where that measures one thing, at once, and what it finds is not kept."""
+    monkeypatch.setattr(report, "OUT", tmp_path)
+    monkeypatch.setattr(report, "MACHINE", tmp_path / "machine.json")
+    monkeypatch.setattr(machine, "claim_processors", lambda: None)
+    contest = Contest("port", "64 B", "Mpps", figures(*range(1, 7)), {"memif": figures(*range(1, 7))})
+    monkeypatch.setattr(port, "contests", lambda quick: [contest])
+    return lambda: command.main(["port", "--only", "64 B"])
+
+
+def test_without_matplotlib_there_are_figures_and_no_pictures(
+    bench: Callable[[], int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert bench() == 0
+    told = capsys.readouterr()
+    assert "64 B" in told.out
+    first, *_ = told.err.splitlines()
+    assert first == "bench: no pictures will be drawn: matplotlib is missing, which make bench installs"
+
+
+def test_with_matplotlib_the_pictures_are_named(
+    bench: Callable[[], int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(report, "can_plot", lambda: True)
+    monkeypatch.setattr(report, "plot", lambda rows: [Path(f"{row.bench}.svg") for row in rows])
+    assert bench() == 0
+    told = capsys.readouterr().err
+    assert "port.svg" in told.splitlines()
+    assert "matplotlib" not in told

@@ -111,6 +111,14 @@ def test_disks_are_read_only_and_known_by_serial_whatever_their_path() -> None:
     assert fields(function)["serial"] == "root"
 
 
+def test_no_more_virtqueues_than_the_agent_needs() -> None:
+    """QEMU looks at each one's eventfd for every frame."""
+    (serial,) = [
+        value for value in values(build(Machine(kernel=KERNEL), CHANNELS), "-device") if "virtio-serial" in value
+    ]
+    assert fields(serial)["max_ports"] == "2"
+
+
 def test_more_arguments_come_last() -> None:
     argv = build(Machine(kernel=KERNEL, extra_args=("-d", "guest_errors")), CHANNELS)
     assert argv[-2:] == ["-d", "guest_errors"]

@@ -226,8 +226,9 @@ static int sleep_until_needed(struct call *call)
     /* Without buffers to read into, the TAP device is of no interest; its own queue holds what comes, or drops it. */
     bool can_read = has_room(call);
     if (can_read != call->hears_tap) {
-        struct epoll_event readable = {.events = can_read ? EPOLLIN : 0};
-        if (epoll_ctl(call->both_fd, EPOLL_CTL_MOD, call->tap->fd, &readable) < 0)
+        struct epoll_event readable = {.events = EPOLLIN};
+        /* Not with no events: epoll would still tell, again and again, of a device that is gone. */
+        if (epoll_ctl(call->both_fd, can_read ? EPOLL_CTL_ADD : EPOLL_CTL_DEL, call->tap->fd, &readable) < 0)
             return failed(call);
         call->hears_tap = can_read;
     }

@@ -3,6 +3,7 @@
  */
 #define _GNU_SOURCE
 #include "check.h"
+#include "jitter.h"
 #include "net_header.h"
 #include "world.h"
 
@@ -313,5 +314,69 @@ TEST(tap_device_that_is_gone)
     world_pump_idle(&tapped.world);
     CHECK_EQ(nb_client_tap(&tapped.world.client, &tapped.tap, tapped.stop_fd), -2);
     CHECK(tapped.tap.error == ECONNREFUSED || tapped.tap.error == ENOTCONN || tapped.tap.error == EPIPE);
+    close_tapped(&tapped);
+}
+
+/* ---- Asleep: each of these is called when the loop is about to sleep ------------------------------------------- */
+
+static struct tapped *asleep;
+
+static void work_until_stopped(struct tapped *tapped, void (*when_asleep)(void))
+{
+    eventfd_t value;
+    CHECK_EQ(eventfd_read(tapped->stop_fd, &value), 0);
+    asleep = tapped;
+    before_epoll_wait = when_asleep;
+    CHECK_EQ(nb_client_tap(&tapped->world.client, &tapped->tap, tapped->stop_fd), 0);
+    before_epoll_wait = NULL;
+}
+
+static void expect_peace_and_stop(void)
+{
+    CHECK(!is_rung(asleep->world.client.wait_fd));
+    CHECK_EQ(eventfd_write(asleep->stop_fd, 1), 0);
+}
+
+static void expect_to_be_heard_and_stop(void)
+{
+    CHECK(!is_rung(asleep->world.client.wait_fd));
+    kernel_sends(asleep, 2, 60, NOTHING);
+    CHECK(is_rung(asleep->world.client.wait_fd));
+    CHECK_EQ(eventfd_write(asleep->stop_fd, 1), 0);
+}
+
+static void expect_peace_and_give_buffers(void)
+{
+    CHECK(!is_rung(asleep->world.client.wait_fd));
+    nb_client_unallocate(&asleep->world.client, 64);
+    CHECK_EQ(eventfd_write(asleep->world.driver_doorbell_fd, 1), 0);
+    before_epoll_wait = expect_to_be_heard_and_stop;
+}
+
+/* What waits in the TAP device is no reason to wake before there are buffers to read it into. */
+TEST(tap_device_is_heard_while_there_are_buffers)
+{
+    struct tapped tapped;
+    struct nb_piece all[64];
+    open_tapped(&tapped, (struct world_config){.offloads = ALL});
+    CHECK_EQ(nb_client_allocate(&tapped.world.client, all, 64), 64);
+    kernel_sends(&tapped, 1, 60, NOTHING);
+    work_until_stopped(&tapped, expect_peace_and_give_buffers);
+    world_pump_idle(&tapped.world);
+    device_gets(&tapped, 1, 60, NOTHING);
+    device_gets(&tapped, 2, 60, NOTHING);
+    world_pump_idle(&tapped.world);
+    close_tapped(&tapped);
+}
+
+/* Nor is a device that is gone, of which epoll tells unasked. */
+TEST(tap_device_that_is_gone_while_there_are_no_buffers)
+{
+    struct tapped tapped;
+    struct nb_piece all[64];
+    open_tapped(&tapped, (struct world_config){.offloads = ALL});
+    CHECK_EQ(nb_client_allocate(&tapped.world.client, all, 64), 64);
+    CHECK_EQ(shutdown(tapped.tap.fd, SHUT_RDWR), 0);
+    work_until_stopped(&tapped, expect_peace_and_stop);
     close_tapped(&tapped);
 }

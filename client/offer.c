@@ -167,15 +167,19 @@ static int check_doorbells(struct netbridge *port)
     return 0;
 }
 
+/* `what` failed for a reason, in errno, that is none of the driver's. */
+static int no_resources(struct netbridge *port, const char *what)
+{
+    int reason = errno;
+    control_bye(port, NETBRIDGE_REASON_FAILED, what);
+    return fail(port, NETBRIDGE_SYSTEM, reason, "%s: %s", what, strerror(reason));
+}
+
 static int map(struct netbridge *port, struct mapping *mapping, int fd, uint64_t size, bool writable)
 {
     void *address = mmap(NULL, size, PROT_READ | (writable ? PROT_WRITE : 0), MAP_SHARED, fd, 0);
-    if (address == MAP_FAILED) {
-        int reason = errno;
-        control_bye(port, NETBRIDGE_REASON_FAILED, "cannot map the memory");
-        return fail(port, NETBRIDGE_SYSTEM, reason, "cannot map %llu bytes of the driver's memory: %s",
-                    (unsigned long long)size, strerror(reason));
-    }
+    if (address == MAP_FAILED)
+        return no_resources(port, "cannot map the driver's memory");
     *mapping = (struct mapping){address, size};
     return 0;
 }
@@ -229,7 +233,8 @@ int take_offer(struct netbridge *port, const struct message *welcome)
     native->offloads = offer.offloads;
     port->session = offer.session;
     port->rx_limit = offer.rx_limit;
-    if (nb_client_init(native) != 0)
+    int made = nb_client_init(native);
+    if (made == -1)
         REFUSE("refused by the data path");
-    return 0;
+    return made == 0 ? 0 : no_resources(port, "cannot wait for the driver");
 }

@@ -34,11 +34,7 @@ class SessionMemory:
             verify_sealed(fd, size, f"{what} region")
         if os.get_blocking(client_doorbell_fd):
             raise BadGeometry("client doorbell: not opened with O_NONBLOCK")
-        try:
-            with select.epoll.fromfd(os.dup(driver_doorbell_fd)) as doorbell:
-                doorbell.poll(0)
-        except OSError as error:
-            raise BadGeometry(f"driver doorbell: no epoll instance ({error.strerror})") from None
+        _must_be_epoll(driver_doorbell_fd)
         with ExitStack() as stack:
             mappings = []
             for fd, size, writable in (
@@ -64,8 +60,11 @@ class SessionMemory:
             native.tx_largest_frame, native.tx_max_pieces = geometry.tx_largest, geometry.tx_pieces
             native.queue_pairs, native.offloads = welcome.queue_pairs, welcome.offloads
             native.client_doorbell_fd, native.driver_doorbell_fd = client_doorbell_fd, driver_doorbell_fd
-            if lib.nb_client_init(native) != 0:
+            made = lib.nb_client_init(native)
+            if made == -1:
                 raise BadGeometry("refused by the data path")
+            if made < 0:
+                raise PortError(f"cannot wait for the driver: {os.strerror(ffi.errno)}")
             stack.pop_all()
         self._mappings = mappings
 
@@ -78,3 +77,15 @@ class SessionMemory:
         else:
             for mapping in mappings:
                 mapping.close()
+
+
+def _must_be_epoll(doorbell_fd: int) -> None:
+    try:
+        copy = os.dup(doorbell_fd)  # since what is made of it closes it
+    except OSError as error:
+        raise PortError(f"cannot look at the driver's doorbell: {error.strerror}") from None
+    with select.epoll.fromfd(copy) as doorbell:
+        try:
+            doorbell.poll(0)
+        except OSError as error:
+            raise BadGeometry(f"driver doorbell: no epoll instance ({error.strerror})") from None

@@ -1,7 +1,7 @@
 """Waiting for the driver's doorbell: inside a call, or in an event loop that waits for `fileno`.
 
-The two may be mixed: a wait inside a call answers the doorbell, which may have rung for the event loop, so it then
-rings a bell of its own, the reminder.
+The two may be mixed: a wait inside a call ends with nothing asked of the driver, so it then asks anew for the event
+loop, and rings a bell of its own, the reminder, for what came meanwhile.
 """
 
 from __future__ import annotations
@@ -27,19 +27,10 @@ class Waiting:
         self._native = native
         # `arm` was called, so somebody may be waiting on `fileno`.
         self._armed = False
-        with ExitStack() as stack:
-            # A copy, since this object closes what it has.
-            self._doorbell = stack.enter_context(select.epoll.fromfd(os.dup(driver_doorbell_fd)))
-            self._poller = stack.enter_context(select.epoll())
-            self._poller.register(control_fd, select.EPOLLIN)
-            # Makes `fileno` readable for frames whose bell was quietened by another wait.
-            self._reminder = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-            stack.callback(os.close, self._reminder)
-            self._poller.register(self._reminder, select.EPOLLIN)
-            self._poller.register(self._doorbell.fileno(), select.EPOLLIN)
-            if lib.nb_client_watch(native, control_fd) == lib.NB_WATCH_FAILED:
-                raise PortError(f"cannot watch the session: {os.strerror(ffi.errno)}")
-            self._stack = stack.pop_all()
+        try:
+            self._watch(control_fd, driver_doorbell_fd)
+        except OSError as error:
+            raise PortError(f"cannot watch the session: {error.strerror}") from None
 
     def fileno(self) -> int:
         return self._poller.fileno()
@@ -80,6 +71,21 @@ class Waiting:
 
     def close(self) -> None:
         self._stack.close()
+
+    def _watch(self, control_fd: int, driver_doorbell_fd: int) -> None:
+        with ExitStack() as stack:
+            # A copy, since this object closes what it has.
+            self._doorbell = stack.enter_context(select.epoll.fromfd(os.dup(driver_doorbell_fd)))
+            self._poller = stack.enter_context(select.epoll())
+            self._poller.register(control_fd, select.EPOLLIN)
+            # Makes `fileno` readable for frames that the driver rang no bell for.
+            self._reminder = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+            stack.callback(os.close, self._reminder)
+            self._poller.register(self._reminder, select.EPOLLIN)
+            self._poller.register(self._doorbell.fileno(), select.EPOLLIN)
+            if lib.nb_client_watch(self._native, control_fd) == lib.NB_WATCH_FAILED:
+                raise OSError(ffi.errno, os.strerror(ffi.errno))
+            self._stack = stack.pop_all()
 
     def _ask_to_ring(self) -> None:
         self._native.rx_active.header.wake = 1

@@ -307,6 +307,23 @@ def test_the_drivers_last_words(library: Path, path: Path, reason: Reason, may_p
             )
 
 
+@pytest.mark.parametrize("limit", [9, 10], ids=["to wait with", "for event loops"])
+def test_without_a_free_file_descriptor(library: Path, path: Path, limit: int) -> None:
+    """There are three before, and the control socket and what came with WELCOME take six."""
+    with serving(path):
+        done = subprocess.run(
+            ["sh", "-c", 'ulimit -n "$0"; exec "$@"', str(limit), library / "probe", path],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+        )
+    first, last = done.stdout.splitlines()
+    assert first.startswith("refused -5 "), "the driver is not to blame"
+    assert first.endswith("Too many open files")
+    assert last == "files 0"
+
+
 def test_a_driver_that_ends_the_session(library: Path, path: Path) -> None:
     with serving(path) as (port, _), probing(library, path) as probe:
         port.await_event()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import fcntl
+import itertools
 import mmap
 import os
+import resource
 import socket
 import struct
 import subprocess
@@ -12,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -120,6 +122,36 @@ def test_nobody_there(path: Path) -> None:
         connect(path.parent / ("x" * 120))
     with pytest.raises(ValueError, match="client name"):
         connect(path, name="not a name")
+    assert count_open_fds() == before
+
+
+def test_without_free_file_descriptors(path: Path) -> None:
+    """Wherever they come to an end while the offer is taken: the driver is not to blame."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    before = count_open_fds()
+    for free in itertools.count(7):  # both ends of the connection, and what comes with WELCOME
+        with OfferedSession() as offered, serving(path, offered) as port, ExitStack() as hoard:
+            highest = max(int(entry.name) for entry in Path("/proc/self/fd").iterdir())
+            resource.setrlimit(resource.RLIMIT_NOFILE, (highest + free + 1, hard))
+            hoard.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+            taken = []
+            with suppress(OSError):
+                while True:
+                    taken.append(os.dup(0))
+            for fd in taken[:free]:
+                os.close(fd)
+            for fd in taken[free:]:
+                hoard.callback(os.close, fd)
+            try:
+                connect(path).close()
+                break
+            except PortError as error:
+                assert not isinstance(error, BadGeometry), error
+                assert str(error).endswith("Too many open files")
+                gone = port.await_event()
+                assert isinstance(gone, ClientGone)
+                assert gone.reason is Reason.FAILED
+    assert free > 10
     assert count_open_fds() == before
 
 

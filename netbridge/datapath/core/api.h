@@ -414,7 +414,7 @@ struct nb_piece {
     uint16_t reserved;
 };
 
-/* 0, or -1 when the geometry does not hold together or the doorbell cannot be waited for. */
+/* 0; -1: the geometry does not hold together; or -2: the system does not let the doorbell be waited for (errno). */
 int nb_client_init(struct nb_client *client);
 /* Gives back what nb_client_init took of the system; the memory and the other file descriptors stay the caller's. */
 void nb_client_close(struct nb_client *client);

@@ -30,14 +30,14 @@ void nb_client_close(struct nb_client *client)
     client->wait_fd = -1;
 }
 
-static int open_wait(struct nb_client *client)
+static bool open_wait(struct nb_client *client)
 {
     client->watched_fd = -1;
     client->wait_fd = epoll_create1(EPOLL_CLOEXEC);
-    if (client->wait_fd < 0 || watch(client, client->driver_doorbell_fd, EPOLLIN | EPOLLET, SOURCE_DOORBELL) == 0)
-        return client->wait_fd < 0 ? -1 : 0;
+    if (client->wait_fd >= 0 && watch(client, client->driver_doorbell_fd, EPOLLIN | EPOLLET, SOURCE_DOORBELL) == 0)
+        return true;
     nb_client_close(client);
-    return -1;
+    return false;
 }
 
 static bool region_is_valid(const uint8_t *base, uint32_t count, uint32_t stride, uint32_t headroom)
@@ -66,7 +66,9 @@ int nb_client_init(struct nb_client *client)
     client->doorbells_sent = 0;
     client->doorbells_suppressed = 0;
     client->wait_fd = -1;
-    return valid ? open_wait(client) : -1;
+    if (!valid)
+        return -1;
+    return open_wait(client) ? 0 : -2;
 }
 
 /* Turns an entry into a piece; false: out of bounds. */

@@ -9,6 +9,7 @@
 #include <string.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
+#include <sys/resource.h>
 
 static void expect_entry_refused(enum world_ring ring, struct nb_entry entry)
 {
@@ -89,6 +90,7 @@ TEST(client_refuses_a_geometry_that_does_not_hold)
     REFUSE(client.rx_free.slots = 0);
     REFUSE(client.rx_free.slots = 0x80000000);
     REFUSE(client.tx_active.header = NULL);
+    REFUSE(client.tx_active.slots = 128); /* the buffers of either region, but not those of both */
     REFUSE(client.tx_done.slots = 32);
     REFUSE(client.rx_base = NULL);
     REFUSE(client.tx_base = NULL);
@@ -106,6 +108,23 @@ TEST(client_refuses_a_geometry_that_does_not_hold)
     REFUSE(client.tx_max_pieces = 65);
     REFUSE(client.tx_count = 10; client.tx_max_pieces = 11);
     REFUSE(client.headroom = 8; client.continuation_offset = 0; client.offloads = 1);
+    world_close(&world);
+}
+
+/* Which says nothing against the driver. */
+TEST(client_without_a_free_file_descriptor)
+{
+    struct world world;
+    world_open(&world, (struct world_config){0});
+    struct nb_client client = world.client;
+    struct rlimit limit, none = {0};
+    CHECK_EQ(getrlimit(RLIMIT_NOFILE, &limit), 0);
+    none.rlim_max = limit.rlim_max;
+    CHECK_EQ(setrlimit(RLIMIT_NOFILE, &none), 0);
+    CHECK_EQ(nb_client_init(&client), -2);
+    CHECK_EQ(errno, EMFILE);
+    CHECK_EQ(client.wait_fd, -1);
+    CHECK_EQ(setrlimit(RLIMIT_NOFILE, &limit), 0);
     world_close(&world);
 }
 

@@ -1,5 +1,5 @@
-/* A service on Net-Bridge's port, in C: sends every frame back, its MAC addresses exchanged. Where the driver lets it
- * change received frames, without a copy.
+/* A service on Net-Bridge's port, in C: sends frames back, their MAC addresses exchanged: from where they are if the
+ * driver lets it change received frames, else by a copy. One that does not fit one buffer it only counts and releases.
  *
  *     cc echo.c $(pkg-config --cflags --libs netbridge-client) -o echo && ./echo [SOCKET]
  *
@@ -11,7 +11,8 @@
 #include <string.h>
 #include <unistd.h>
 
-enum { BURST = 64, MAC = 6, SHORTEST = 14, HANDSHAKE_MS = 5000, LOOK_MS = 500 /* for a signal that came before the wait */ };
+enum { BURST = 64, MAC = 6, SHORTEST = 14, HANDSHAKE_MS = 5000 };
+enum { LOOK_MS = 500 }; /* for a signal that came before the wait */
 
 static volatile sig_atomic_t stopping;
 static unsigned long long frames, unsendable;
@@ -32,7 +33,7 @@ static int forward_burst(struct netbridge *port)
         struct netbridge_piece piece = received[i];
         uint8_t sender[MAC];
         if (piece.flags || piece.len < SHORTEST || piece.len > netbridge_largest(port)) {
-            others[bad++] = piece; /* of a frame that does not fit one buffer, above all */
+            others[bad++] = piece; /* of a frame that does not fit one buffer */
             continue;
         }
         memcpy(sender, piece.data + MAC, MAC);
@@ -67,7 +68,7 @@ static int copy_burst(struct netbridge *port, struct netbridge_piece *answers, i
     for (int i = 0; i < count; i++) {
         const struct netbridge_piece *from = &received[i];
         struct netbridge_piece *to = &answers[used];
-        if (from->flags || from->len < 2 * MAC || from->len > to->len) {
+        if (from->flags || from->len < SHORTEST || from->len > to->len) {
             unsendable++; /* a piece of a frame that does not fit one buffer */
             continue;
         }

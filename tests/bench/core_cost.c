@@ -1,9 +1,10 @@
 /* What the pump costs, with a fake device and an echo client: without sanitizers, and without anybody's driver or guest.
  *
- *     core_cost steps FRAMES LENGTH BURST QUEUE BUFFERS PAIRS FORWARDS   there and back in one thread, burst by burst
- *     core_cost load FRAMES_A_SECOND MILLISECONDS               the pump in a thread, frames in bursts of 32, evenly spaced
+ *     core_cost steps FRAMES LENGTH BURST QUEUE BUFFERS PAIRS FORWARDS
+ *     core_cost load FRAMES_A_SECOND MILLISECONDS
  *
- * FORWARDS is 1 for an echo that sends frames from where they are, 0 for one that copies them.
+ * steps: there and back in one thread, burst by burst; FORWARDS is 1 for an echo that sends frames from where they are, 0 for
+ * one that copies them. load: the pump in a thread, frames in bursts of 32, evenly spaced.
  *
  * Prints nanoseconds of the pump a frame, and the process's resident memory in KiB after a hundredth of the frames and at
  * the end; for load, the processor time that the pump's thread took, as a share of one, and frames a second. Under callgrind

@@ -2,8 +2,8 @@
 
 Ours is the core's rings and ledger at the driver's end and the client library at the service's, both polling, without a
 device. Beside it: DPDK's memif with a zero-copy client, which polls as well, and what the kernel has for a frame a
-message: SOCK_SEQPACKET and a pipe. What comes back was forwarded as it is, or answered with its MAC addresses
-exchanged, in place or by a copy. A wake-up is held against a bare eventfd.
+message: SOCK_SEQPACKET and a pipe. A frame goes one way, or comes back: forwarded as it is, or with its MAC addresses
+exchanged, in place or in a copy. A wake-up is held against a bare eventfd.
 """
 
 from __future__ import annotations

@@ -48,8 +48,8 @@ DIRECTIONS = {
 
 GOAL = 1.0
 APART, WITH_FRAME = "", ", header with frame"
-"""Where ours has the header of a sent frame: out of its client's reach, as a manifest has it unless it says otherwise,
-or in front of the frame (device.tx_header), where DPDK has it."""
+"""Where ours has the header of a sent frame (device.tx_header): out of its client's reach, which is the rule, or in
+front of the frame, as DPDK has it."""
 AS_IT_COMES, VECTORISED = "DPDK virtio_user", "DPDK virtio_user, vectorised"
 
 
@@ -90,7 +90,7 @@ def contests(quick: bool) -> Iterator[Contest]:
 
 
 def _loads(name: str, *, quick: bool) -> Iterator[tuple[int, str]]:
-    """Lengths of frames, and where ours has the header: a frame that is copied has it out of reach either way."""
+    """Lengths of frames, and where ours has the header: that of a frame that is copied is out of reach either way."""
     for length in LENGTHS[:1] if quick else LENGTHS:
         yield length, APART
         if name == "transmit" and length > core.NB_TX_MOST_COPIED:

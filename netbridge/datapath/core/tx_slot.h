@@ -3,6 +3,7 @@
  * A header that a client could reach would have to be believed, so it lies here, in a descriptor of its own in front of the
  * client's buffer. For a short frame a second descriptor costs the device, and so everybody, more than a copy: it is
  * copied behind its header, and is one descriptor. What of it the device sees is then also beyond the client's reach.
+ * Where the client is trusted with the header of a longer frame (tx_header_with_frame), it is zeroed in front of the frame.
  *
  *       0  header of a frame that asked for offloads, checked
  *      52  zeroes: header of the copied frame, never written

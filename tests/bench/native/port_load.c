@@ -2,11 +2,16 @@
  *
  *     port_load WHAT KIND LENGTH MILLISECONDS CPU_A CPU_B
  *
- * WHAT is port, seqpacket or pipe. KIND is oneway (from A, the driver, to B, the service), forward (there and back as it is),
- * echo (there and back with the MAC addresses exchanged), or wake: then A wakes a sleeping B, each time once it has gone to
- * sleep again, and there is a WHAT called eventfd as well. The port also has copy: as echo, but into a buffer of the service's
- * own, as one does that may only read what is received; the others have everything copied, and do nothing with it.
- * Prints million frames a second; for wake, nanoseconds from before the waking to B awake: p50 and p99.
+ * WHAT is port, seqpacket, pipe or, for wake, eventfd. KIND is one of
+ *
+ *     oneway    from A, the driver, to B, the service
+ *     forward   there and back as it is
+ *     echo      there and back; on the port with the MAC addresses exchanged in the buffer that the frame came in
+ *     copy      the same into a buffer of the service's own, as one must do that may only read what is received; port only
+ *     wake      A wakes a sleeping B, each time once it has gone to sleep again
+ *
+ * Messages are copied by the kernel, and never looked at. Prints million frames a second; for wake, nanoseconds from before
+ * the waking to B awake: p50 and p99.
  *
  * On the port, A does what the pump does: leases from the ledger, checks of what comes back, the same burst. The service is
  * the client library. Both poll, as DPDK does. A sent frame's first 42 bytes are written each time.
@@ -319,7 +324,8 @@ static enum kind kind_named(const char *name)
 int main(int argc, char **argv)
 {
     if (argc != 7 || (length = (uint32_t)atoi(argv[3])) < SHORTEST || length > LONGEST) {
-        fprintf(stderr, "usage: port_load port|seqpacket|pipe|eventfd oneway|forward|echo|copy|wake LENGTH MILLISECONDS CPU_A CPU_B\n");
+        fprintf(stderr, "usage: port_load port|seqpacket|pipe|eventfd oneway|forward|echo|copy|wake LENGTH MILLISECONDS "
+                        "CPU_A CPU_B\n");
         return 2;
     }
     const char *what = argv[1];

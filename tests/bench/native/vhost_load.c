@@ -2,10 +2,9 @@
  *
  * It does what the pump does to a virtqueue, with its calls and its burst, and nothing of what the pump does to the port.
  * So beside DPDK's own front-end it says what the virtqueues cost. What the generator sends goes the pump's way: a short
- * frame is copied behind its header, a longer one has a descriptor for the header and one for itself, or with its client's
- * leave one for both. The generator writes
- * the first 42 bytes of each frame, as testpmd's does. The echo, as testpmd's, has no client: it sends a frame in the buffer
- * that it came in.
+ * frame is copied behind its header, a longer one has a descriptor for the header and one for itself, or, with_frame, one
+ * for both. The generator writes the first 42 bytes of each frame, as testpmd's does. The echo, as testpmd's, has no client:
+ * it sends a frame in the buffer that it came in.
  */
 #include <stdbool.h>
 #include <stdint.h>

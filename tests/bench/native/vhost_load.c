@@ -195,8 +195,9 @@ int64_t load_echo(struct load *load)
         if (done < 0)
             return done;
         account(load, frames += done);
-        publish(load->tx);
+        /* In the pump's order: buffers first, for a notification may take long. */
         refill(load);
+        publish(load->tx);
     }
     return frames;
 }

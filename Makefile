@@ -191,7 +191,7 @@ bench-quick: $(BENCH_SETUP) | host-dpdk ## the same with fewer metrics
 
 ##@ The rest
 
-client-library: | host-packages ## the client library in C, and its example, in build/client-library
+client-library: | host-packages ## the client library in C, and its examples, in build/client-library
 	$(MAKE) -C client BUILD=$(CURDIR)/build/client-library
 
 clean: ## remove what was built here (images stay in the cache: python -m qemu.images gc)

@@ -201,7 +201,8 @@ enum netbridge_wait { NETBRIDGE_WAIT_RECEIVE = 1, NETBRIDGE_WAIT_ALLOCATE = 2, N
  * that was wanted, NETBRIDGE_WAIT_CONTROL. */
 int netbridge_wait(struct netbridge *port, int wanted, int timeout_ms);
 
-/* For event loops: readable after netbridge_arm when what was wanted has come, or the driver has said something. */
+/* For event loops: readable after netbridge_arm when what was wanted has come, or the driver has said something. A
+ * netbridge_wait takes back what it wanted itself: call netbridge_arm again. */
 int netbridge_fd(const struct netbridge *port);
 /* Asks the driver to ring for what is `wanted`: what is there already (look at that first, no bell will ring for it), 0
  * when nothing is, or an error. */

@@ -1,5 +1,5 @@
-"""The echo service: every frame goes back to its sender, the MAC addresses exchanged: without a copy where the driver's
-manifest lets it write to received frames.
+"""The echo service: every frame goes back to its sender, the MAC addresses exchanged. Where the driver's manifest lets
+it write to received frames, it forwards those of one buffer without a copy; among its totals they are `forwarded`.
 
     python -m netbridge.services.echo [--socket PATH] [--wait SECONDS] [--once] [--json] [--capture FILE]
 
@@ -52,7 +52,9 @@ class Echo(service.Service):
 
 def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog=Echo.name, description="Sends every frame back, with its MAC addresses exchanged."
+        prog=Echo.name,
+        description="Sends every frame back, with its MAC addresses exchanged; without a copy where the driver lets it "
+        "write to received frames.",
     )
     arguments.common(parser)
     parser.add_argument("--capture", metavar="FILE", help="write the frames of both directions to a pcapng file")

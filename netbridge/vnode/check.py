@@ -64,7 +64,7 @@ def summary(manifest: Manifest) -> str:
         f"  {'CPU':{name_width}}  {manifest.max_cpu_share * 100:g} % of one CPU",
         f"  {'file system':{name_width}}  {_mounts(manifest)}",
         f"  {'features off':{name_width}}  {', '.join(manifest.without) or 'none'}",
-        f"  {'headers':{name_width}}  {_headers(manifest)}",
+        f"  {'TX headers':{name_width}}  {_tx_headers(manifest)}",
         f"  {'metrics':{name_width}}  {', '.join(manifest.metrics) or 'none'}",
     ]
     return "\n".join(lines)
@@ -76,10 +76,10 @@ def _mode(manifest: Manifest) -> str:
     return "strict"
 
 
-def _headers(manifest: Manifest) -> str:
+def _tx_headers(manifest: Manifest) -> str:
     if manifest.tx_header == "with-frame":
-        return "of sent frames with the frame: the service can change them until the device has read them"
-    return "of sent frames apart, out of the service's reach"
+        return "with the frame: the service can change them until the device has read them"
+    return "apart, out of the service's reach"
 
 
 def _mounts(manifest: Manifest) -> str:

@@ -45,7 +45,7 @@ MISUSE = -6
 
 @pytest.fixture(scope="module")
 def library() -> Iterator[Path]:
-    """The library and its example as `make client-library` builds them, but with the sanitizers; and the probe."""
+    """The library and its examples as `make client-library` builds them, but with the sanitizers; and the probe."""
     BUILD.mkdir(parents=True, exist_ok=True)
     # One at a time, when several test processes want it.
     with (BUILD / "lock").open("w") as lock:

@@ -576,7 +576,7 @@ limits
   CPU                  5 % of one CPU
   file system          nothing
   features off         none
-  headers              of sent frames apart, out of the service's reach
+  TX headers           apart, out of the service's reach
   metrics              packets_rx, packets_tx, irq_latency_ns
 """
     )

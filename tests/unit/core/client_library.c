@@ -4,12 +4,9 @@
 #include "traffic.h"
 #include "world.h"
 
-#include <errno.h>
 #include <pthread.h>
 #include <string.h>
-#include <sys/epoll.h>
 #include <sys/eventfd.h>
-#include <sys/resource.h>
 
 static void expect_entry_refused(enum world_ring ring, struct nb_entry entry)
 {
@@ -108,23 +105,6 @@ TEST(client_refuses_a_geometry_that_does_not_hold)
     REFUSE(client.tx_max_pieces = 65);
     REFUSE(client.tx_count = 10; client.tx_max_pieces = 11);
     REFUSE(client.headroom = 8; client.continuation_offset = 0; client.offloads = 1);
-    world_close(&world);
-}
-
-/* Which says nothing against the driver. */
-TEST(client_without_a_free_file_descriptor)
-{
-    struct world world;
-    world_open(&world, (struct world_config){0});
-    struct nb_client client = world.client;
-    struct rlimit limit, none = {0};
-    CHECK_EQ(getrlimit(RLIMIT_NOFILE, &limit), 0);
-    none.rlim_max = limit.rlim_max;
-    CHECK_EQ(setrlimit(RLIMIT_NOFILE, &none), 0);
-    CHECK_EQ(nb_client_init(&client), -2);
-    CHECK_EQ(errno, EMFILE);
-    CHECK_EQ(client.wait_fd, -1);
-    CHECK_EQ(setrlimit(RLIMIT_NOFILE, &limit), 0);
     world_close(&world);
 }
 
@@ -315,86 +295,5 @@ TEST(echo_comes_back_while_frames_flow_without_end)
     traffic_abandon(&traffic);
     world_stop_pump(&world);
     instead_of_poll = NULL;
-    world_close(&world);
-}
-
-static unsigned client_waits;
-
-static void count_wait(void) { client_waits++; }
-
-TEST(wait_for_nothing_times_out)
-{
-    struct world world;
-    world_open(&world, (struct world_config){0});
-    CHECK_EQ(nb_client_wait(&world.client, NB_WAIT_RECEIVE, 0), 0);
-    CHECK_EQ(nb_client_watch(&world.client, world.client_control_fd), -1);
-    CHECK_EQ(nb_client_wait(&world.client, NB_WAIT_RECEIVE | NB_WAIT_CONTROL, 5), 0);
-    CHECK_EQ(world.client.rx_active.header->wake, 0);
-    world_close(&world);
-}
-
-TEST(wait_finds_everything_that_is_there)
-{
-    struct world world;
-    world_open(&world, (struct world_config){0});
-    deliver(&world, 0, 60);
-    world_pump_idle(&world);
-    CHECK_EQ(eventfd_write(world.client_control_fd, 1), 0);
-    int all = NB_WAIT_RECEIVE | NB_WAIT_ALLOCATE | NB_WAIT_CONTROL;
-    CHECK_EQ(nb_client_watch(&world.client, world.client_control_fd), -1);
-    CHECK_EQ(nb_client_wait(&world.client, all, -1), all);
-    CHECK_EQ(nb_client_watch(&world.client, -1), world.client_control_fd);
-    CHECK_EQ(nb_client_wait(&world.client, NB_WAIT_ALLOCATE, -1), NB_WAIT_ALLOCATE);
-    CHECK_EQ(world.client.rx_active.header->wake, 0);
-    CHECK_EQ(world.client.tx_done.header->wake, 0);
-    world_close(&world);
-}
-
-/* A doorbell left over from an earlier sleep must not end a wait that has no end; nor any later one. */
-TEST(wait_is_not_ended_by_an_old_doorbell)
-{
-    struct world world;
-    world_open(&world, (struct world_config){0});
-    CHECK_EQ(eventfd_write(world.driver_doorbell_fd, 1), 0);
-    CHECK_EQ(eventfd_write(world.client_control_fd, 1), 0);
-    CHECK_EQ(nb_client_watch(&world.client, world.client_control_fd), -1);
-    CHECK_EQ(nb_client_wait(&world.client, NB_WAIT_RECEIVE | NB_WAIT_CONTROL, -1), NB_WAIT_CONTROL);
-    CHECK_EQ(nb_client_watch(&world.client, -1), world.client_control_fd);
-    client_waits = 0;
-    before_epoll_wait = count_wait;
-    CHECK_EQ(nb_client_wait(&world.client, NB_WAIT_RECEIVE, 5), 0);
-    before_epoll_wait = NULL;
-    CHECK_EQ(client_waits, 1);
-    world_close(&world);
-}
-
-/* Every ring is heard, though nobody ever reads the doorbell: one that came while its client was awake, too. */
-TEST(every_ring_of_the_doorbell_ends_a_wait)
-{
-    struct world world;
-    world_open(&world, (struct world_config){0});
-    for (int i = 0; i < 3; i++) {
-        deliver(&world, (uint64_t)i, 60);
-        CHECK_EQ(nb_client_wait(&world.client, NB_WAIT_RECEIVE, 0), 0);
-        __atomic_store_n(&world.client.rx_active.header->wake, 1, __ATOMIC_RELAXED); /* asleep */
-        world_pump_idle(&world);
-        struct epoll_event event;
-        CHECK_EQ(epoll_wait(world.client.wait_fd, &event, 1, 0), 1);
-        receive_one(&world, (uint64_t)i, 60);
-    }
-    world_discard(&world);
-}
-
-TEST(what_cannot_be_watched_changes_nothing)
-{
-    struct world world;
-    world_open(&world, (struct world_config){0});
-    CHECK_EQ(nb_client_watch(&world.client, world.client_control_fd), -1);
-    CHECK_EQ(nb_client_watch(&world.client, 1000000), NB_WATCH_FAILED);
-    CHECK_EQ(errno, EBADF);
-    CHECK_EQ(eventfd_write(world.client_control_fd, 1), 0);
-    CHECK_EQ(nb_client_wait(&world.client, NB_WAIT_CONTROL, 0), NB_WAIT_CONTROL);
-    CHECK_EQ(nb_client_watch(&world.client, NB_WATCH_FAILED), world.client_control_fd);
-    CHECK_EQ(nb_client_wait(&world.client, NB_WAIT_CONTROL, 0), NB_WAIT_CONTROL);
     world_close(&world);
 }

@@ -362,3 +362,23 @@ TEST(the_echo_forwards_what_it_can_and_copies_the_rest)
     CHECK_EQ(rx_owned(&world, NB_OWNER_CLIENT), 0);
     world_close(&world);
 }
+
+/* An RX buffer may hold more than the session lets a client send. */
+TEST(the_echo_forwards_nothing_that_may_not_be_sent)
+{
+    struct world world;
+    struct nb_echo_counts counts = {0};
+    world_open(&world, (struct world_config){.rx_writable = true});
+    CHECK_EQ(eventfd_write(world.client_control_fd, 1), 0);
+    world.client.tx_largest_frame = LONG;
+    deliver(&world, 0, LONG + 1);
+    deliver(&world, 1, LONG);
+    world_pump_idle(&world);
+    CHECK_EQ(nb_client_echo(&world.client, world.client_control_fd, &counts), 0);
+    world_pump_idle(&world);
+    CHECK_EQ(counts.unsendable, 1);
+    CHECK_EQ(counts.forwarded, 1);
+    CHECK_EQ(fake_available(&world.device.tx), 1);
+    CHECK_EQ(rx_owned(&world, NB_OWNER_CLIENT), 0);
+    world_discard(&world);
+}

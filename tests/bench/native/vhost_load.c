@@ -93,6 +93,14 @@ static void refill(struct load *load)
     publish(load->rx);
 }
 
+/* A round of the pump's takes longer than this loop: to look at once again would take the line from the device that is
+ * about to write there. */
+static void wait_a_little(void)
+{
+    for (int i = 0; i < 4; i++)
+        cpu_relax();
+}
+
 int64_t load_transmit(struct load *load)
 {
     static const uint8_t template[TEMPLATE_BYTES] = {0x02, 0, 0, 0, 0, 1, 0x02, 0, 0, 0, 0, 2, 0x88, 0xb5};
@@ -105,6 +113,10 @@ int64_t load_transmit(struct load *load)
         /* First the frames, then what is done with them: another process made those of the pump. */
         uint32_t room = virtqueue_room(load->tx, 2), burst = room < BURST ? room : BURST;
         burst = load->free_count < burst ? load->free_count : burst;
+        if (burst < BURST / 2) {
+            wait_a_little();
+            continue;
+        }
         const uint32_t *buffers = &load->free[load->free_count -= burst];
         for (uint32_t i = 0; i < burst; i++)
             memcpy(load->memory + (uint64_t)buffers[i] * load->stride + HEADROOM, template, TEMPLATE_BYTES);

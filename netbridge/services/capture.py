@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from netbridge.client import Client, PortError
+from netbridge.client import Client
 from netbridge.datapath._core import lib
 from netbridge.errors import ExitCode, NetbridgeError, UsageError
 from netbridge.services import arguments, service
@@ -40,8 +40,7 @@ class CaptureService(service.Service):
     def work(self, client: Client, control_fd: int) -> bool:
         left = NO_LIMIT if self._count is None else self._count - self._capture.received
         result = lib.nb_client_capture(client.native, control_fd, left)
-        if result < 0:
-            raise PortError(service.BROKEN)
+        service.check(result)
         self._capture.check()
         return bool(result == 0)
 

@@ -12,7 +12,7 @@ import argparse
 import sys
 from contextlib import ExitStack
 
-from netbridge.client import Client, PortError
+from netbridge.client import Client
 from netbridge.datapath._core import ffi, lib
 from netbridge.errors import NetbridgeError
 from netbridge.services import arguments, service
@@ -35,8 +35,7 @@ class Echo(service.Service):
             self._capture.begin(client)
 
     def work(self, client: Client, control_fd: int) -> bool:
-        if lib.nb_client_echo(client.native, control_fd, self._counts) < 0:
-            raise PortError(service.BROKEN)
+        service.check(lib.nb_client_echo(client.native, control_fd, self._counts))
         return True
 
     def end(self) -> None:

@@ -16,6 +16,7 @@ import signal
 import sys
 
 from netbridge.client import Client, PortClosed, PortError, Reason, connect
+from netbridge.datapath._core import ffi
 from netbridge.errors import NetbridgeError
 from netbridge.ipc.offloads import NO_OFFLOADS, Offload
 
@@ -25,7 +26,15 @@ if TYPE_CHECKING:
     from typing import Any, TextIO
 
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGALRM)
-BROKEN = "the driver put an entry into a ring that no driver may; it is not to be trusted"
+
+
+def check(result: int) -> None:
+    """What a loop of the core came back with. Raises PortError: -1, the driver broke the protocol; -2, the system
+    (errno) lets nobody wait for it."""
+    if result == -1:
+        raise PortError("the driver put an entry into a ring that no driver may; it is not to be trusted")
+    if result == -2:
+        raise PortError(f"cannot wait for the driver: {os.strerror(ffi.errno)}")
 
 
 class Service:

@@ -15,7 +15,7 @@ import os
 import sys
 from contextlib import suppress
 
-from netbridge.client import Client, PortError
+from netbridge.client import Client
 from netbridge.datapath._core import ffi, lib
 from netbridge.errors import NetbridgeError
 from netbridge.ipc.offloads import NO_OFFLOADS, Offload
@@ -54,10 +54,9 @@ class Tap(service.Service):
 
     def work(self, client: Client, control_fd: int) -> bool:
         result = lib.nb_client_tap(client.native, self._native, control_fd)
-        if result == -1:
-            raise PortError(service.BROKEN)
-        if result < 0:
+        if result == -2:
             raise TapFailed(f"{self._device.name}: {os.strerror(self._native.error)}; was the interface removed?")
+        service.check(result)
         return True
 
     def end(self) -> None:

@@ -457,12 +457,12 @@ struct nb_echo_counts {
     uint64_t forwarded;  /* of `frames`, those that were sent from where they were; the others were copied */
 };
 /* The echo service's loop: every frame back to its sender with the MAC addresses exchanged, until `control_fd` becomes
- * readable (0) or the driver breaks the protocol (-1). */
+ * readable (0), the driver breaks the protocol (-1), or the system lets nobody wait (-2, errno). */
 int nb_client_echo(struct nb_client *client, int control_fd, struct nb_echo_counts *counts);
 
 /* The capture service's loop: takes frames, has `client->capture` write them, and gives them back, until `control_fd`
- * becomes readable (0), `most` frames were captured or the file takes no more (1; see `capture->error`), or the driver
- * breaks the protocol (-1). */
+ * becomes readable (0), `most` frames were captured or the file takes no more (1; see `capture->error`), the driver
+ * breaks the protocol (-1), or the system lets nobody wait (-2, errno). */
 int nb_client_capture(struct nb_client *client, int control_fd, uint64_t most);
 
 /* A TAP device behind the port, and what went through it in all sessions. */

@@ -115,7 +115,9 @@ static int run(struct nb_client *client, uint64_t most)
         if (count > 0 && bursts % BURSTS_BETWEEN_LOOKS != 0)
             continue;
         int found = nb_client_wait(client, NB_WAIT_RECEIVE | NB_WAIT_CONTROL, count > 0 ? 0 : -1);
-        if (found & (NB_WAIT_CONTROL | NB_WAIT_FAILED))
+        if (found & NB_WAIT_FAILED)
+            return -2;
+        if (found & NB_WAIT_CONTROL)
             return 0;
     }
 }
@@ -123,7 +125,7 @@ static int run(struct nb_client *client, uint64_t most)
 int nb_client_capture(struct nb_client *client, int control_fd, uint64_t most)
 {
     int before = nb_client_watch(client, control_fd);
-    int result = before == NB_WATCH_FAILED ? 0 : run(client, most);
+    int result = before == NB_WATCH_FAILED ? -2 : run(client, most);
     nb_client_watch(client, before);
     return result;
 }

@@ -201,7 +201,7 @@ static int run(struct nb_client *client, int control_fd, struct nb_echo_counts *
         /* What came and cannot go yet waits for buffers. */
         int found = nb_client_wait(client, (whole ? NB_WAIT_ALLOCATE : NB_WAIT_RECEIVE) | NB_WAIT_CONTROL, -1);
         if (found & NB_WAIT_FAILED)
-            return -1;
+            return -2;
         if (found & NB_WAIT_CONTROL)
             break;
     }
@@ -214,7 +214,7 @@ static int run(struct nb_client *client, int control_fd, struct nb_echo_counts *
 int nb_client_echo(struct nb_client *client, int control_fd, struct nb_echo_counts *counts)
 {
     int before = nb_client_watch(client, control_fd);
-    int result = before == NB_WATCH_FAILED ? -1 : run(client, control_fd, counts);
+    int result = before == NB_WATCH_FAILED ? -2 : run(client, control_fd, counts);
     nb_client_watch(client, before);
     return result;
 }

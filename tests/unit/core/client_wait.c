@@ -140,3 +140,18 @@ TEST(client_without_a_free_file_descriptor)
     CHECK_EQ(setrlimit(RLIMIT_NOFILE, &limit), 0);
     world_close(&world);
 }
+
+/* A loop that cannot be told to end does not begin, and the driver is not blamed. */
+TEST(a_loop_that_cannot_watch_says_so)
+{
+    struct world world;
+    struct nb_echo_counts counts = {0};
+    struct nb_capture capture = {0};
+    world_open(&world, (struct world_config){0});
+    world.client.capture = &capture;
+    CHECK_EQ(nb_client_echo(&world.client, 1000000, &counts), -2);
+    CHECK_EQ(errno, EBADF);
+    CHECK_EQ(nb_client_capture(&world.client, 1000000, 1), -2);
+    CHECK_EQ(errno, EBADF);
+    world_close(&world);
+}

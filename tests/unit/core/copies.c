@@ -17,22 +17,6 @@ static void send_frame(struct world *world, struct nb_piece *piece, uint8_t fill
     nb_client_flush(&world->client);
 }
 
-/* What the device reads: so many descriptors, no header that asks for anything, the frame. */
-static void expect_frame(struct world *world, uint8_t fill, uint32_t len, unsigned descriptors)
-{
-    static const uint8_t nothing[HEADER];
-    uint8_t frame[65536];
-    uint32_t sent;
-    struct fake_chain chain;
-    CHECK(fake_collect(&world->device, &chain, frame, &sent));
-    CHECK_EQ(chain.segments, descriptors);
-    CHECK_EQ(sent, len);
-    CHECK_EQ(memcmp(world->device.sent_header, nothing, HEADER), 0);
-    for (uint32_t i = 0; i < len; i++)
-        CHECK_EQ(frame[i], fill);
-    fake_complete(&world->device, &chain);
-}
-
 TEST(copied_up_to_the_limit_and_not_beyond)
 {
     struct world world;
@@ -42,7 +26,7 @@ TEST(copied_up_to_the_limit_and_not_beyond)
     for (uint32_t len = SHORTEST; len <= COPIED + 66; len++) {
         send_frame(&world, &piece, (uint8_t)len, len);
         world_pump_idle(&world);
-        expect_frame(&world, (uint8_t)len, len, len <= COPIED ? 1 : 2);
+        world_expect_sent(&world, (uint8_t)len, len, len <= COPIED ? 1 : 2, NULL);
         world_pump_idle(&world);
         bytes += len;
     }
@@ -58,7 +42,7 @@ TEST(what_a_client_writes_later_is_not_sent)
     send_frame(&world, &piece, 0x11, 60);
     world_pump_idle(&world);
     memset(piece.data, 0x22, 60);
-    expect_frame(&world, 0x11, 60, 1);
+    world_expect_sent(&world, 0x11, 60, 1, NULL);
     world_pump_idle(&world);
     world_close(&world);
 }
@@ -74,7 +58,7 @@ TEST(every_buffer_has_its_copy)
             send_frame(&world, &pieces[i], (uint8_t)(lap * 64 + i), 60u + i);
         world_pump_idle(&world);
         for (uint8_t i = 0; i < 64; i++)
-            expect_frame(&world, (uint8_t)(lap * 64 + i), 60u + i, 1);
+            world_expect_sent(&world, (uint8_t)(lap * 64 + i), 60u + i, 1, NULL);
         world_pump_idle(&world);
     }
     world_close(&world);
@@ -105,7 +89,7 @@ TEST(a_header_of_an_earlier_frame_is_not_in_front_of_a_copied_one)
     world_pump_idle(&world);
     send_frame(&world, &piece, 0x44, 100);
     world_pump_idle(&world);
-    expect_frame(&world, 0x44, 100, 1);
+    world_expect_sent(&world, 0x44, 100, 1, NULL);
     world_pump_idle(&world);
     world_close(&world);
 }

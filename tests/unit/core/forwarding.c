@@ -15,11 +15,6 @@ enum { COPIED = NB_TX_MOST_COPIED, LONG = 1000, SHORT = 60 };
 
 static const struct world_config COPYING = {.tx_copied = COPIED};
 
-static struct fake_device *device_of(struct world *world, uint32_t pair)
-{
-    return pair ? &world->more[pair - 1].device : &world->device;
-}
-
 /* What the device sends next on a pair: frame `number` in so many descriptors, and a header that asks for nothing. */
 static void expect_sent(struct world *world, uint32_t pair, uint64_t number, uint32_t len, unsigned descriptors)
 {

@@ -19,20 +19,6 @@ static void send_piece(struct world *world, struct nb_piece *piece, uint32_t len
     nb_client_flush(&world->client);
 }
 
-static void expect_frame(struct world *world, const struct net_header *header, uint32_t len, unsigned descriptors)
-{
-    uint8_t frame[65536];
-    uint32_t sent;
-    struct fake_chain chain;
-    CHECK(fake_collect(&world->device, &chain, frame, &sent));
-    CHECK_EQ(chain.segments, descriptors);
-    CHECK_EQ(sent, len);
-    CHECK_EQ(memcmp(world->device.sent_header, header, HEADER), 0);
-    for (uint32_t i = 0; i < len; i++)
-        CHECK_EQ(frame[i], 0x5a);
-    fake_complete(&world->device, &chain);
-}
-
 TEST(one_descriptor_whatever_the_length_and_whatever_was_there)
 {
     struct world world;
@@ -44,7 +30,7 @@ TEST(one_descriptor_whatever_the_length_and_whatever_was_there)
         memset(piece.data - HEADER, (int)len, HEADER);
         send_piece(&world, &piece, len, 0);
         world_pump_idle(&world);
-        expect_frame(&world, &ASKS_NOTHING, len, 1);
+        world_expect_sent(&world, 0x5a, len, 1, NULL);
         world_pump_idle(&world);
         bytes += len;
     }
@@ -62,7 +48,7 @@ TEST(short_frames_may_be_copied_all_the_same)
         send_piece(&world, &piece, len, 0);
         world_pump_idle(&world);
         memset(piece.data, len > NB_TX_MOST_COPIED ? 0x5a : 0x77, len); /* of a copy that is too late */
-        expect_frame(&world, &ASKS_NOTHING, len, 1);
+        world_expect_sent(&world, 0x5a, len, 1, NULL);
         world_pump_idle(&world);
     }
     world_close(&world);
@@ -79,12 +65,12 @@ TEST(a_header_that_asks_for_something_is_out_of_reach)
     send_piece(&world, &piece, 600, NB_HEADER);
     world_pump_idle(&world);
     memset(piece.data - HEADER, 0xff, HEADER);
-    expect_frame(&world, &ASKS, 600, 2);
+    world_expect_sent(&world, 0x5a, 600, 2, &ASKS);
     world_pump_idle(&world);
     CHECK_EQ(nb_client_allocate(&world.client, &piece, 1), 1);
     send_piece(&world, &piece, 600, 0);
     world_pump_idle(&world);
-    expect_frame(&world, &ASKS_NOTHING, 600, 1);
+    world_expect_sent(&world, 0x5a, 600, 1, NULL);
     world_pump_idle(&world);
     world_close(&world);
 }
@@ -113,7 +99,7 @@ TEST(a_frame_in_pieces_has_its_header_apart)
     send_piece(&world, &pieces[0], 700, NB_MORE);
     send_piece(&world, &pieces[1], 700, NB_CONTINUATION);
     world_pump_idle(&world);
-    expect_frame(&world, &ASKS_NOTHING, 1400, 3);
+    world_expect_sent(&world, 0x5a, 1400, 3, NULL);
     world_pump_idle(&world);
     world_close(&world);
 }

@@ -7,11 +7,6 @@
 
 #include <sys/eventfd.h>
 
-static struct fake_device *device_of(struct world *world, uint32_t pair)
-{
-    return pair ? &world->more[pair - 1].device : &world->device;
-}
-
 static void deliver_on(struct world *world, uint32_t pair, uint64_t number, uint32_t len)
 {
     uint8_t frame[65536];

@@ -682,3 +682,18 @@ bool is_rung(int doorbell_fd)
     struct pollfd look = {.fd = doorbell_fd, .events = POLLIN};
     return poll(&look, 1, 0) == 1;
 }
+
+void world_expect_sent(struct world *world, uint8_t fill, uint32_t len, unsigned descriptors, const void *header)
+{
+    static const uint8_t nothing[HEADER];
+    uint8_t frame[65536];
+    uint32_t sent;
+    struct fake_chain chain;
+    CHECK(fake_collect(&world->device, &chain, frame, &sent));
+    CHECK_EQ(chain.segments, descriptors);
+    CHECK_EQ(sent, len);
+    CHECK_EQ(memcmp(world->device.sent_header, header ? header : nothing, HEADER), 0);
+    for (uint32_t i = 0; i < len; i++)
+        CHECK_EQ(frame[i], fill);
+    fake_complete(&world->device, &chain);
+}

@@ -145,4 +145,13 @@ uint64_t forge_handle(uint16_t session, uint16_t lease, uint8_t region, uint32_t
 bool is_rung(int doorbell_fd);
 double seconds_now(void);
 
+/* The device of a queue pair. */
+static inline struct fake_device *device_of(struct world *world, uint32_t pair)
+{
+    return pair ? &world->more[pair - 1].device : &world->device;
+}
+/* The device sends a frame of `len` bytes, all of them `fill`, which it reads from so many descriptors. `header`: what is in
+ * front of it, HEADER bytes; NULL: one that asks for nothing. */
+void world_expect_sent(struct world *world, uint8_t fill, uint32_t len, unsigned descriptors, const void *header);
+
 #endif
